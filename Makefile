@@ -1,0 +1,52 @@
+# Every target builds what it needs: a virtual environment in .venv, once, and again when the pins change.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+EXTRAS := dev,parquet,zstd
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# Tests and the demo talk to this machine alone: no proxy may come between.
+LOOPBACK := localhost,127.0.0.1,::1
+export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY),$(no_proxy)),$(LOOPBACK)
+export no_proxy := $(NO_PROXY)
+
+.PHONY: demo test bench soak lint docs
+
+demo: .venv/ready
+	.venv/bin/python examples/read_python.py
+
+test: lint
+	rm -rf .coverage
+	mkdir .coverage
+	.venv/bin/coverage run -m pytest -n 2 -q --durations 10
+	.venv/bin/coverage combine --quiet
+	.venv/bin/coverage report
+
+soak: .venv/ready
+	.venv/bin/python -m pytest -m soak -q tests
+
+bench: .venv/ready
+	.venv/bin/python benchmarks/bench.py
+
+lint: .venv/ready
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	@echo "the site is in site/"
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "penstock needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python"; exit 1; }
+	@test -x .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1 || { \
+		rm -rf .venv; $(PYTHON) -m venv .venv >.venv.log 2>&1 || { cat .venv.log; rm -rf .venv .venv.log; \
+		echo "$(PYTHON) -m venv failed. On Debian and Ubuntu the package is missing: apt install python3-venv"; \
+		exit 1; }; rm -f .venv.log; }
+	$(PIP) hatchling editables
+	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+.venv/docs: .venv/ready
+	$(PIP) --no-build-isolation --editable ".[$(EXTRAS),docs]"
+	@touch $@
