@@ -1,0 +1,65 @@
+"""penstock: write the work once, run it over a list, a file or a live request; every item is accounted for.
+
+The names below are all there is to type; each is loaded when it is first used, so that importing penstock
+costs next to nothing and loads no optional package.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from penstock import errors, testing
+    from penstock.files import read, write
+    from penstock.flow.contract import Failed
+    from penstock.flow.flow import Flow, Job
+    from penstock.flow.report import Report
+    from penstock.flow.retry import Retry
+    from penstock.place.base import per_worker, worker_index
+
+__all__ = [
+    "Failed",
+    "Flow",
+    "Job",
+    "Report",
+    "Retry",
+    "__version__",
+    "errors",
+    "per_worker",
+    "read",
+    "testing",
+    "worker_index",
+    "write",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Failed": "penstock.flow.contract:Failed",
+    "Flow": "penstock.flow.flow:Flow",
+    "Job": "penstock.flow.flow:Job",
+    "Report": "penstock.flow.report:Report",
+    "Retry": "penstock.flow.retry:Retry",
+    "errors": "penstock.errors",
+    "per_worker": "penstock.place.base:per_worker",
+    "read": "penstock.files.read",
+    "testing": "penstock.testing",
+    "worker_index": "penstock.place.base:worker_index",
+    "write": "penstock.files.write",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'penstock' has no attribute {name!r}")
+    module, _, attribute = home.partition(":")
+    value = import_module(module)
+    found = getattr(value, attribute) if attribute else value
+    globals()[name] = found  # the next access doesn't come here
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Where a function runs: on the event loop, in threads, in processes. Nothing here knows of flows."""
