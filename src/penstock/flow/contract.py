@@ -1,0 +1,190 @@
+"""What a source and a sink must do, and what passes between them and a run.
+
+The rules of exactly once stand in the design; these are their types. A sink commits the source's progress in the
+same atomic act as its data: everything about crash-safety follows from ``Sink.commit`` being all or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from penstock.flow.progress import Intervals, Position, Positions, Progress
+
+__all__ = ["SUFFIXES", "Delta", "Failed", "JobId", "Origin", "Sink", "Source", "Unreadable"]
+
+T_co = TypeVar("T_co", covariant=True)
+T_contra = TypeVar("T_contra", contravariant=True)
+
+Origin = tuple[Position, ...]
+"""The source positions an output came of: one after ``map``, several after ``batch``."""
+
+SUFFIXES: dict[str, str] = {
+    ".jsonl": "penstock.files.write:jsonl",
+    ".jsonl.gz": "penstock.files.write:jsonl",
+    ".jsonl.zst": "penstock.files.write:jsonl",
+    ".csv": "penstock.files.write:csv",
+    ".csv.gz": "penstock.files.write:csv",
+    ".csv.zst": "penstock.files.write:csv",
+    ".parquet": "penstock.files.write:parquet",
+    ".sqlite": "penstock.files.write:sqlite",
+    ".db": "penstock.files.write:sqlite",
+}
+"""What ``.to("name.suffix")`` opens: 'module:function', imported on use. The one reference upward."""
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """An item that failed for good, as ``on_error="keep"`` passes it on and ``read.dead`` reads it back.
+
+    ``item`` is the source's item (for ``keep``: what the failed stage was given), ``position`` where it stands in
+    the source, ``stage`` the stage that gave up, ``reason`` the kind of error (``ValueError``, ``timeout`` …),
+    ``error`` its message, ``attempts`` how often it was tried.
+
+    >>> import penstock as ps
+    >>> def half(x: int) -> float:
+    ...     return 1 / x
+    >>> one, zero = ps.Flow([1, 0]).map(half, on_error="keep").collect_sync()
+    >>> zero.reason, zero.item, zero.stage
+    ('ZeroDivisionError', 0, 'half')
+    """
+
+    item: Any
+    position: Position
+    stage: str
+    reason: str
+    error: str
+    attempts: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Yielded by a source in place of an item it can't decode: the run applies the source's ``on_error`` to it.
+
+    ``raw`` is what stands there (for the dead letters), ``error`` what is wrong with it.
+    """
+
+    raw: Any
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class JobId:
+    """Which job opens a sink.
+
+    ``name``: the key under which its progress is kept. ``source``: the source's identity. ``fresh``: discard what
+    is there. ``by_id``: progress is a set of ids. ``replayable``: False if an earlier run's progress can't be used.
+    """
+
+    name: str
+    source: str
+    fresh: bool = False
+    by_id: bool = False
+    replayable: bool = True
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one commit adds to a job's progress, besides the outputs written since the last commit.
+
+    ``settled``: source positions now done with. ``children``: outputs of still unfinished ``flat_map(whole=False)``
+    items (an item that is in ``settled`` has its record removed), with the best fate among them in ``fates`` (replacing
+    what was stored; a number to be given back as it is). ``keys``: under ``id=``, the key of each position
+    in ``settled`` and ``children``; ``digests`` that of the rows in ``children``, by key. ``taken`` and
+    ``counts`` are amounts to add. ``dead``: letters to keep, one a source item (a later one replaces an earlier
+    one at the same position or key); that of an unfinished item comes with the fate, and not again when it
+    settles. ``snapshot``, ``plan``, ``report``: to be stored if not None. ``finished``: the source ended and everything
+    is settled.
+    """
+
+    settled: Positions = field(default_factory=Positions)
+    children: dict[Position, Intervals] = field(default_factory=dict)
+    fates: dict[Position, int] = field(default_factory=dict)
+    keys: dict[Position, str] = field(default_factory=dict)
+    digests: dict[str, bytes] = field(default_factory=dict)
+    taken: dict[int, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    dead: list[Failed] = field(default_factory=list)
+    snapshot: Any = None
+    plan: str | None = None
+    report: dict[str, Any] | None = None
+    finished: bool = False
+
+
+class Source(Protocol[T_co]):
+    """Where items come from. Methods but ``read`` may do nothing where they mean nothing."""
+
+    @property
+    def identity(self) -> str:
+        """Names the source, the same in every run over the same input: ``jsonl:texts/*.jsonl.gz``."""
+
+    @property
+    def replayable(self) -> bool:
+        """Whether reading again gives the same items at the same positions."""
+
+    async def snapshot(self) -> Any:
+        """What the input looks like now, as JSON-able data: sizes, digests. None where there is nothing to compare."""
+
+    async def changed(self, before: Any) -> str | None:
+        """How the input differs from an earlier snapshot, in words, beyond having grown; None if it doesn't."""
+
+    def read(self, after: Progress) -> AsyncIterator[Sequence[tuple[Position, T_co]]]:
+        """Yield the items that aren't settled in ``after``, in batches, each position once.
+
+        Closing the iterator (``aclose``) frees what reading holds. Cancelling a read loses no item: what wasn't
+        yielded is read again by a later run.
+        """
+
+    async def settle(self, positions: Positions) -> None:
+        """The sink has committed these: a queue acknowledges here."""
+
+    async def give_back(self, positions: Positions, delay: float = 0, reason: str | None = None) -> None:
+        """These were taken and not finished: they may be read again after ``delay`` seconds."""
+
+    async def dead(self, positions: Positions, reason: str) -> None:
+        """These failed for good."""
+
+    def joins(self, sink: Any) -> bool:
+        """Whether this source and that sink share a transaction, so that ``Sink.commit`` settles too."""
+
+
+class Sink(Protocol[T_contra]):
+    """Where outputs go. ``write`` is never called during ``commit``, and neither twice at once."""
+
+    @property
+    def identity(self) -> str:
+        """Names the output: its path, say."""
+
+    @property
+    def exactly_once(self) -> bool:
+        """Whether ``commit`` makes data and progress durable in one act."""
+
+    @property
+    def keeps_dead(self) -> bool:
+        """Whether ``commit`` stores dead letters."""
+
+    @property
+    def pace(self) -> float:
+        """The least seconds between two commits, beyond the run's own pacing; 0 for none."""
+
+    async def open(self, job: JobId) -> Progress:
+        """Take the output for this job alone; return what earlier runs committed; undo what doesn't count.
+
+        Raises OutputInUse, ForeignOutput, ResumeMismatch (the output belongs to another job), JournalError.
+        Writes nothing of the new run yet.
+        """
+
+    async def write(self, outputs: Sequence[tuple[Origin, Sequence[T_contra]]]) -> None:
+        """Take these outputs; they count at the next commit. Raises OutputRejected, having taken none."""
+
+    async def commit(self, delta: Delta) -> Positions:
+        """Make all outputs written so far, and ``delta``, durable and counted: all or none.
+
+        Returns the positions that were fenced: not settled because they belong to another reader by now.
+        Shielded by the run: never cancelled half way.
+        """
+
+    async def close(self) -> None:
+        """Release the output. What was written after the last commit doesn't count. Safe to call twice."""

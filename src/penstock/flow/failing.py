@@ -1,0 +1,120 @@
+"""What becomes of a failed attempt: another one, or one of the four ends that ``on_error`` names."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from penstock.errors import FailureBudgetExceeded, StageTimeout, WorkerDied
+from penstock.flow.contract import Failed
+from penstock.flow.ledger import positions_of
+from penstock.flow.memory import position_of
+from penstock.flow.meter import StageMeter
+from penstock.flow.report import ErrorLog
+from penstock.flow.retry import Retry
+from penstock.place.base import DIED, TIMED_OUT, Task
+
+__all__ = ["DEAD_LETTER", "KEEP_IT", "RAISE", "RETRY", "SKIP", "Policy", "Tries", "Verdict", "reason_of", "short"]
+
+RETRY, RAISE, SKIP, KEEP_IT, DEAD_LETTER = range(5)
+
+_ENDS = {"raise": RAISE, "skip": SKIP, "keep": KEEP_IT, "dead_letter": DEAD_LETTER}
+_FEWEST_TRIED = 20  # a share is judged only after so many items
+
+
+Tries = dict[int, tuple[str, int]]
+"""By the id() of a task that failed and isn't through yet: the stage it failed at, and how often."""
+
+
+class Verdict(NamedTuple):
+    """``kind``, and with it the exception to raise, the seconds to wait, or the Failed to keep."""
+
+    kind: int
+    error: BaseException
+    delay: float = 0.0
+    failed: Failed | None = None
+
+
+def short(value: Any) -> str:
+    """A value in at most 200 characters, whatever its repr does."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"<{type(value).__name__} whose repr raised {type(error).__name__}>"
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def reason_of(error: BaseException) -> str:
+    """The kind of an error in a word."""
+    if isinstance(error, StageTimeout):
+        return "timeout"
+    if isinstance(error, WorkerDied):
+        return "worker died"
+    return type(error).__name__
+
+
+class Policy:
+    """How one stage deals with failures; ``tries``, shared by a segment, remembers how often a task was tried."""
+
+    def __init__(
+        self,
+        stage: str,
+        meter: StageMeter,
+        errors: ErrorLog,
+        *,
+        retry: Retry | None = None,
+        timeout: float | None = None,
+        on_error: str = "raise",
+        max_failures: float | None = None,
+        tries: Tries | None = None,
+    ) -> None:
+        self.stage = stage
+        self.meter = meter
+        self.errors = errors
+        self.retry = retry
+        self.timeout = timeout
+        self.end = _ENDS[on_error]
+        self.budget = max_failures
+        self._tries: Tries = {} if tries is None else tries
+
+    def judge(self, task: Task) -> Verdict:
+        """Decide on a task that FAILED, TIMED_OUT or DIED at this stage."""
+        error: Any = task.error
+        task.error = None  # tasks are hidden from the garbage collector: a cycle through one would never be freed
+        if task.outcome == TIMED_OUT and not isinstance(error, StageTimeout):
+            error = StageTimeout(self.stage, self.timeout or 0.0)
+        elif task.outcome == DIED:
+            error = WorkerDied(self.stage, error, short(task.value))
+        stage, attempts = self._tries.pop(id(task), (self.stage, 0))
+        attempts = attempts + 1 if stage == self.stage else 1
+        if self.retry is not None and self.retry.repeats(error, attempts):
+            self._tries[id(task)] = (self.stage, attempts)
+            self.meter.retried += 1
+            return Verdict(RETRY, error, self.retry.delay(attempts))
+        return self.give_up(task.value, task.origin, error, attempts)
+
+    def give_up(self, value: Any, origin: Any, error: BaseException, attempts: int) -> Verdict:
+        """No further attempt: log it and say what ``on_error`` makes of it."""
+        position = positions_of(origin)[0]
+        reason = reason_of(error)
+        self.meter.failed += 1
+        self.errors.add(self.stage, reason, str(error), position)
+        if self.end == RAISE or not isinstance(error, Exception):
+            tried = f", tried {attempts} times" if attempts > 1 else ""
+            error.add_note(f"at stage {self.stage!r}, {position_of(position)}{tried}: {short(value)}")
+            return Verdict(RAISE, error)
+        exceeded = self._over_budget(f"{reason}: {error}")
+        if exceeded is not None:
+            exceeded.__cause__ = error
+            return Verdict(RAISE, exceeded)
+        failed = Failed(value, position, self.stage, reason, str(error), attempts)
+        return Verdict(self.end, error, failed=failed)
+
+    def _over_budget(self, example: str) -> FailureBudgetExceeded | None:
+        budget, failed, tried = self.budget, self.meter.failed, max(self.meter.taken, self.meter.failed)
+        if budget is None:
+            return None
+        if 0 < budget < 1:
+            over = tried >= _FEWEST_TRIED and failed > budget * tried
+        else:
+            over = failed > budget
+        return FailureBudgetExceeded(self.stage, failed, tried, budget, example[:200]) if over else None

@@ -1,0 +1,71 @@
+"""SIGINT and SIGTERM, heard by an event loop for as long as something runs there.
+
+A signal's number comes through the wake-up descriptor, which the system's own handler writes to at once. A handler in
+Python would have to wait until the main thread runs byte code, and that thread may have begun, in that very
+moment, to wait for something that only the signal could bring about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any, Self
+
+__all__ = ["Interrupts"]
+
+_HEARD = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """Calls ``heard`` with each SIGINT and SIGTERM, on the loop that listens; what stood before is restored on leaving.
+
+    To be entered and left on the main thread. What comes when nobody listens (yet, or any more) isn't lost: it is
+    heard when somebody does, or on leaving. Other signals go where they went before.
+    """
+
+    def __init__(self, heard: Callable[[signal.Signals], None]) -> None:
+        self._heard = heard
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._inward, self._outward = socket.socketpair()
+        self._inward.setblocking(False)
+        self._outward.setblocking(False)
+        self._elsewhere = signal.set_wakeup_fd(self._outward.fileno(), warn_on_full_buffer=False)
+        for number in _HEARD:
+            self._handlers[number] = signal.signal(number, _leave_it)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._elsewhere)
+        self._hear()
+        self._inward.close()
+        self._outward.close()
+
+    def listen(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From now on ``heard`` is called on this loop, which is the running one."""
+        loop.add_reader(self._inward.fileno(), self._hear)
+
+    def ignore(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The loop listens no more."""
+        loop.remove_reader(self._inward.fileno())
+
+    def _hear(self) -> None:
+        with suppress(BlockingIOError, InterruptedError):
+            for number in self._inward.recv(4096):
+                if number in _HEARD:
+                    self._heard(signal.Signals(number))
+                elif self._elsewhere >= 0:
+                    with suppress(OSError):  # it is full, so it will be read anyway
+                        os.write(self._elsewhere, bytes([number]))
+
+
+def _leave_it(number: int, frame: FrameType | None) -> None:
+    """Only that there is a handler keeps a signal from ending the process."""

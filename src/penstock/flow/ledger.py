@@ -1,0 +1,393 @@
+"""The accounts of a run: where each source item is, and what the next commit has to say about it.
+
+A source item is *issued* when it enters the first channel and settles exactly once, as delivered, filtered, skipped or
+dead; what is left when the run ends is released. Law 1 holds at every moment, because ``open`` is counted by itself
+and not derived.
+
+What a task came of is its *origin*:
+
+- a position: the usual case, one output for one item;
+- ``Family``: an output of a whole ``flat_map`` (or ``unbatch``). Its outputs wait here until the last of them arrived
+  or was dropped; then the item goes to the sink with all of them, or dies with none;
+- ``Child``: an output of ``flat_map(whole=False)``, settled by itself;
+- ``Merged``: a list made by ``batch``;
+- ``Passed``: any of these, after a ``take``.
+
+One fate per source item: dead > delivered > skipped > filtered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from penstock.flow.contract import Delta, Failed
+from penstock.flow.progress import Intervals, Position, Positions
+from penstock.place.base import Task
+
+__all__ = [
+    "DEAD",
+    "DELIVERED",
+    "FATES",
+    "FILTERED",
+    "SKIPPED",
+    "Child",
+    "Family",
+    "Ledger",
+    "Merged",
+    "Passed",
+    "Stream",
+    "positions_of",
+]
+
+FILTERED, SKIPPED, DELIVERED, DEAD = range(4)
+FATES = ("filtered", "skipped", "delivered", "dead")
+
+
+class Family:
+    """The outputs of one whole expansion, until the last of them has arrived or was dropped."""
+
+    __slots__ = ("admitted", "failed", "fate", "outputs", "passed", "pending", "root", "total")
+
+    def __init__(self, root: Any, total: int) -> None:
+        self.root = root
+        self.pending = total
+        self.total = total
+        self.outputs: list[Any] = []
+        self.fate = FILTERED
+        self.failed: Failed | None = None
+        self.admitted = 0
+        self.passed: dict[int, int] = {}
+
+
+class Stream:
+    """One expansion whose outputs settle one by one: which of them have, and whether more will come."""
+
+    __slots__ = ("cursor", "ended", "fate", "known", "live", "position", "root", "seen")
+
+    def __init__(self, root: Any, position: Position, known: Intervals | None, fate: int) -> None:
+        self.root = root
+        self.position = position
+        self.known = known
+        self.cursor = 0
+        self.seen = 0
+        self.live = 0
+        self.ended = False
+        self.fate = fate
+
+    def children(self, outputs: Sequence[Any]) -> list[Task]:
+        """Tasks for those of the next outputs that aren't known from an earlier attempt or run."""
+        tasks = []
+        for output in outputs:
+            index = self.cursor
+            self.cursor += 1
+            if index < self.seen or (self.known is not None and index in self.known):
+                continue
+            self.seen = index + 1
+            self.live += 1
+            tasks.append(Task(output, Child(self, index)))
+        return tasks
+
+    def again(self) -> None:
+        """The expansion starts over: what it already gave is dropped."""
+        self.cursor = 0
+
+
+class Child:
+    """One output of a Stream."""
+
+    __slots__ = ("index", "stream")
+
+    def __init__(self, stream: Stream, index: int) -> None:
+        self.stream = stream
+        self.index = index
+
+
+class Merged:
+    """A batch as one item: the origins of all its members."""
+
+    __slots__ = ("members",)
+
+    def __init__(self, members: Sequence[Any]) -> None:
+        self.members = members
+
+
+class Passed:
+    """An origin that was counted by the ``take`` stage of this number."""
+
+    __slots__ = ("number", "origin")
+
+    def __init__(self, origin: Any, number: int) -> None:
+        self.origin = origin
+        self.number = number
+
+
+def positions_of(origin: Any) -> tuple[Position, ...]:
+    """The source positions that an origin stands for."""
+    if type(origin) is tuple:
+        return (origin,)
+    if isinstance(origin, Merged):
+        return tuple(position for member in origin.members for position in positions_of(member))
+    if isinstance(origin, Passed):
+        return positions_of(origin.origin)
+    if isinstance(origin, Child):
+        return (origin.stream.position,)
+    assert isinstance(origin, Family)
+    return positions_of(origin.root)
+
+
+class Ledger:
+    """``holds``: outputs of a family wait for each other (a sink commits them together). ``commits``: settled
+    positions are collected for the sink. ``keeps_items``: the source's items are kept for the dead letters."""
+
+    def __init__(self, *, holds: bool, commits: bool, keeps_items: bool) -> None:
+        self.holds = holds
+        self.commits = commits
+        self.keeps_items = keeps_items
+        self.issued = 0
+        self.open = 0
+        self.released = 0
+        self.retried = 0
+        self.fates = [0, 0, 0, 0]
+        self.expanded = 0
+        self.paused = False
+        self.delta = Delta()
+        self.uncommitted = 0
+        self.entries: list[tuple[Any, Sequence[Any]]] = []
+        self.issued_positions = Positions()
+        self.settled_positions = Positions()
+        self.items: dict[Position, Any] = {}
+        self.keys: dict[Position, str] = {}
+        self.digests: dict[Position, bytes] = {}
+        self.known: dict[Position, tuple[Intervals, int]] = {}
+        self.changed: Callable[[], None] = lambda: None
+        self.freed: Callable[[], None] = lambda: None
+
+    # -- items come in ----------------------------------------------------------------------------------------------
+
+    def issue(self, tasks: Sequence[Task]) -> None:
+        """These items enter the first channel."""
+        self.issued += len(tasks)
+        self.open += len(tasks)
+        if self.commits:
+            _add_all(self.issued_positions, tasks)
+        if self.keeps_items:
+            for task in tasks:
+                self.items[task.origin] = task.value
+
+    # -- items become many, or one ----------------------------------------------------------------------------------
+
+    def expand(self, origin: Any, count: int) -> Any:
+        """An item became ``count`` outputs; returns the origin they share. None left: it is filtered."""
+        if isinstance(origin, Family):  # an expansion within an expansion: one family still
+            origin.pending += count - 1
+            origin.total += count
+            self.expanded += count
+            if not count and not origin.pending:
+                self._complete(origin)
+            return origin
+        family = Family(origin, count)
+        self.expanded += count
+        if not count:
+            self._complete(family)
+        return family
+
+    def cut(self, family: Family, number: int) -> None:
+        """The ``take`` of this number lets no more of this family pass: it is complete with those admitted."""
+        if family.pending:
+            family.pending = family.admitted - family.passed.get(number, 0)
+            if not family.pending:
+                self._complete(family)
+
+    def stream(self, origin: Any) -> Stream:
+        """An item starts to be expanded one by one."""
+        position = positions_of(origin)[0]
+        known, fate = self.known.pop(position, (None, FILTERED))
+        return Stream(origin, position, known, fate)
+
+    def stream_ended(self, stream: Stream, failed: Failed | None = None, fate: int = FILTERED) -> None:
+        """No more outputs will come of this item."""
+        stream.ended = True
+        self._worsen(stream, fate, failed)
+        if not stream.live:
+            self._end_stream(stream)
+
+    # -- items settle -----------------------------------------------------------------------------------------------
+
+    def settle(self, origin: Any, fate: int, failed: Failed | None = None) -> None:
+        """Nothing more will come of this origin; ``failed`` goes with DEAD."""
+        if type(origin) is tuple:
+            self._settle_position(origin, fate, failed)
+        elif isinstance(origin, Passed):
+            if isinstance(origin.origin, Family):
+                family = origin.origin
+                family.passed[origin.number] = family.passed.get(origin.number, 0) + 1
+            else:
+                taken = self.delta.taken
+                taken[origin.number] = taken.get(origin.number, 0) + 1
+            self.settle(origin.origin, fate, failed)
+        elif isinstance(origin, Family):
+            if fate == DEAD:
+                origin.failed = origin.failed or failed
+            origin.fate = max(origin.fate, fate)
+            origin.pending -= 1
+            if not origin.pending:
+                self._complete(origin)
+        elif isinstance(origin, Child):
+            self._settle_child(origin, fate, failed)
+        else:
+            for member in origin.members:
+                self.settle(member, fate, failed)
+
+    def arrive(self, tasks: Iterable[Task]) -> None:
+        """These outputs reached the end; what is complete is added to ``entries``, to be written."""
+        entries = self.entries
+        for task in tasks:
+            origin = task.origin
+            if type(origin) is tuple:
+                entries.append((origin, (task.value,)))
+                continue
+            inner = origin
+            while isinstance(inner, Passed):
+                inner = inner.origin
+            if isinstance(inner, Family) and self.holds:
+                inner.outputs.append(task.value)
+                self.settle(origin, DELIVERED)
+            else:
+                entries.append((origin, (task.value,)))
+
+    def delivered(self, entries: Sequence[tuple[Any, Sequence[Any]]]) -> None:
+        """These entries were written (or handed to the caller)."""
+        for origin, _ in entries:
+            if type(origin) is tuple:
+                self._settle_position(origin, DELIVERED, None)
+            else:
+                self.settle(origin, DELIVERED)
+
+    def deliver_plain(self, count: int) -> None:
+        """``count`` single items were handed to the caller, and nobody keeps their positions."""
+        self.fates[DELIVERED] += count
+        self.open -= count
+
+    def withdraw(self, count: int) -> None:
+        """``count`` items were taken back before anything was done with them."""
+        self.released += count
+        self.open -= count
+
+    def _complete(self, family: Family) -> None:
+        """The last output of a family arrived or was dropped."""
+        self.expanded -= family.total
+        for number, count in family.passed.items():
+            self.delta.taken[number] = self.delta.taken.get(number, 0) + count
+        if family.fate == DELIVERED and self.holds:
+            self.entries.append((family.root, family.outputs))
+            self.changed()
+        else:
+            self.settle(family.root, family.fate, family.failed)
+        self.freed()
+
+    def _settle_child(self, child: Child, fate: int, failed: Failed | None) -> None:
+        stream = child.stream
+        stream.live -= 1
+        self._worsen(stream, fate, failed)
+        if self.commits:
+            children = self.delta.children.setdefault(stream.position, Intervals())
+            children.add(child.index)
+            self.delta.fates[stream.position] = stream.fate
+            self.uncommitted += 1
+            key = self.keys.get(stream.position)
+            if key is not None:
+                self.delta.keys[stream.position] = key
+                self.delta.digests[key] = self.digests[stream.position]
+        if stream.ended and not stream.live:
+            self._end_stream(stream)
+        else:
+            self.changed()
+
+    def _end_stream(self, stream: Stream) -> None:
+        self.delta.children.pop(stream.position, None)
+        self.delta.fates.pop(stream.position, None)
+        self.settle(stream.root, stream.fate)
+
+    def _worsen(self, stream: Stream, fate: int, failed: Failed | None) -> None:
+        """The first death is told to the sink together with the fate: a later run knows of it only from there."""
+        if failed is not None and stream.fate < DEAD and self.commits:
+            for position in positions_of(stream.root):
+                self._letter(position, self.items.get(position), failed)
+                if position in self.keys:
+                    self.delta.keys[position] = self.keys[position]
+            self.delta.fates[stream.position] = fate
+        stream.fate = max(stream.fate, fate)
+
+    def _letter(self, position: Position, item: Any, failed: Failed) -> None:
+        self.delta.dead.append(
+            Failed(item, position, failed.stage, failed.reason, failed.error, failed.attempts),
+        )
+
+    def _settle_position(self, position: Position, fate: int, failed: Failed | None) -> None:
+        item = self.items.pop(position, None)
+        if not self.commits:
+            self.open -= 1
+            self.fates[fate] += 1
+            return
+        delta = self.delta
+        self.uncommitted += 1
+        name = FATES[fate]
+        delta.counts[name] = delta.counts.get(name, 0) + 1
+        delta.settled.add(position)
+        key = self.keys.pop(position, None)
+        if key is not None:
+            delta.keys[position] = key
+            self.digests.pop(position, None)
+        if fate == DEAD and failed is not None:
+            self._letter(position, item, failed)
+        self.changed()
+
+    # -- commits ----------------------------------------------------------------------------------------------------
+
+    def take_delta(self) -> Delta:
+        """What the next commit is to record; a new account begins."""
+        delta, self.delta = self.delta, Delta()
+        self.uncommitted = 0
+        return delta
+
+    def committed(self, delta: Delta, fenced: Positions) -> None:
+        """The sink made this delta count."""
+        for fate, name in enumerate(FATES):
+            self.fates[fate] += delta.counts.get(name, 0)
+            self.open -= delta.counts.get(name, 0)
+        self.settled_positions.update(delta.settled)
+        if fenced:
+            self.fates[DELIVERED] -= len(fenced)
+            self.released += len(fenced)
+
+    def unfinished(self) -> Positions:
+        """The positions that were issued and aren't settled."""
+        left = Positions()
+        for partition, intervals in self.issued_positions.partitions.items():
+            settled = self.settled_positions.of(partition)
+            for start, stop in intervals:
+                for low, high in settled.gaps(start, stop):
+                    left.partitions.setdefault(partition, Intervals()).add_range(low, high)
+        return left
+
+    def release(self) -> None:
+        """The run is over: what is still open is given back."""
+        self.released += self.open
+        self.open = 0
+
+
+def _add_all(positions: Positions, tasks: Sequence[Task]) -> None:
+    """Add the positions of many tasks, which mostly follow one another."""
+    partition: str | None = None
+    start = stop = 0
+    for task in tasks:
+        name, index = task.origin
+        if name == partition and index == stop:
+            stop += 1
+            continue
+        if partition is not None:
+            positions.partitions.setdefault(partition, Intervals()).add_range(start, stop)
+        partition, start, stop = name, index, index + 1
+    if partition is not None:
+        positions.partitions.setdefault(partition, Intervals()).add_range(start, stop)

@@ -1,0 +1,496 @@
+"""A plan at work: one supervisor task that opens, watches and shuts down everything else.
+
+The contract of starting and ending. If the code is inconsistent with the following, the code is wrong.
+
+1. The supervisor is a task of its own, so it is no part of the caller's cancellation: whoever iterates or awaits only
+   waits for it. Nobody but the supervisor starts or stops anything; everybody else sets what it is to do and wakes it.
+2. Opening goes: the sink (which undoes what doesn't count), the comparison of the input with what was read before,
+   then all pools at once. What fails in it comes out as itself; what was opened is closed again; nothing was written.
+3. A run ends in one of four ways. *Done*: the source ended and everything in it settled. *Drained* (the first signal,
+   or ``drain()``): the reader stops, what was issued is finished. *Failed*: the first exception that no ``on_error``
+   took. *Stopped*: the caller left, was cancelled, or a second signal came.
+4. Done and drained, the segments close in the order of the flow: their channels are empty by then. Failed and stopped,
+   the reader is cancelled first, then all segments abort at once and are awaited: no new call starts from the moment
+   of failure, and the exception is raised only when nothing of the run is at work any more.
+5. Then what was written and settled is committed, however the run ended, unless the sink itself failed or the stop
+   was to be immediate. What is still open is released and given back to the source. The sink closes last.
+6. Every step of the shutdown is taken even if one before it raised; the first exception is the one to be raised, and
+   later ones are logged. Cancelling whoever waits for the shutdown doesn't cut it short.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any, Self
+
+from penstock.errors import ResumeMismatch
+from penstock.flow.build import build_segments
+from penstock.flow.channel import Channel
+from penstock.flow.commit import Committer, cancel_once, uninterrupted
+from penstock.flow.contract import Delta, JobId
+from penstock.flow.display import Display
+from penstock.flow.failing import Policy
+from penstock.flow.interrupts import Interrupts
+from penstock.flow.ledger import FATES, Ledger
+from penstock.flow.meter import SegmentMeter, StageMeter
+from penstock.flow.plan import Plan, stage_takes
+from penstock.flow.progress import Progress
+from penstock.flow.reader import Reader
+from penstock.flow.report import ErrorLog, Report, build
+from penstock.flow.segment import Runner
+from penstock.place.base import Pool
+from penstock.place.loop import clock_of
+
+__all__ = ["Run"]
+
+logger = logging.getLogger("penstock")
+
+_SINK_ROOM = 256
+
+
+class Run:
+    """A running flow: ``async with job.start() as run``. ``report()`` is live; ``await finish()`` waits for the end."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        fresh: bool = False,
+        inline: bool = False,
+        signals: bool = False,
+        progress: bool | None = None,
+        outlet_room: int = 64,
+        refuse: Callable[[Any, BaseException], bool] | None = None,
+    ) -> None:
+        self.plan = plan
+        self._refuse = refuse
+        self._outlet_room = outlet_room
+        self._fresh = fresh
+        self._inline = inline
+        self._signals = signals
+        self._show = progress
+        self.ledger = Ledger(holds=plan.commits, commits=plan.sink is not None, keeps_items=plan.keeps_items)
+        self.errors = ErrorLog()
+        self.notes: list[str] = []
+        self.interrupted: signal.Signals | None = None
+        self.ended = False
+        self.failure: BaseException | None = None
+        self._immediate = False
+        self._draining = False
+        self._supervisor: asyncio.Task[None] | None = None
+        self.segments: list[Runner] = []
+        self._pools: list[Pool] = []
+        self._meters: list[SegmentMeter] = []
+        self._committer: Committer | None = None
+        self._reading: asyncio.Task[None] | None = None
+        self._cutting: list[asyncio.Task[None]] = []
+        self._earlier: dict[str, int] = {}
+        self.clock: Callable[[], float] = lambda: 0.0
+        self._began = self._finished_at = 0.0
+        self._last_report: Report | None = None
+        self.on_end: Callable[[], None] = lambda: None
+
+    # -- what the caller does ---------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        """Open everything; raises what opening raised. Cancelling closes it again."""
+        self.loop = asyncio.get_running_loop()
+        self.clock = clock_of(self.loop)
+        self._began = self.clock()
+        self._opened: asyncio.Future[None] = self.loop.create_future()
+        self._over: asyncio.Future[None] = self.loop.create_future()
+        self._supervisor = self.loop.create_task(self._supervise(), name=f"penstock run {self.plan.name}")
+        try:
+            await asyncio.shield(self._opened)
+        except asyncio.CancelledError:
+            self.stop()
+            await uninterrupted(self._wait_for_supervisor())
+            raise
+        if self.failure is not None and self._supervisor.done():
+            raise self.failure
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """End the run if it hasn't ended; when this returns, nothing of it runs any more."""
+        self.stop()
+        await uninterrupted(self._wait_for_supervisor())
+
+    async def _wait_for_supervisor(self) -> None:
+        assert self._supervisor is not None
+        await asyncio.wait([self._supervisor])
+
+    async def finish(self) -> Report:
+        """Wait for the end of the run and return its report. Raises what the run failed with.
+
+        Cancelling it stops the run and returns when nothing of it is at work any more.
+        """
+        assert self._supervisor is not None, "finish() belongs inside 'async with job.start() as run'"
+        try:
+            await asyncio.shield(self._supervisor)
+        except asyncio.CancelledError:
+            self.stop()
+            await uninterrupted(self._wait_for_supervisor())
+            raise
+        if self.failure is not None:
+            raise self.failure
+        return self.report()
+
+    def drain(self) -> None:
+        """Take no more items; finish and commit what was taken. The run then ends by itself. From any thread."""
+        self.loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self._draining = True
+        if self.ended:
+            return
+        if self._reading is None:  # still opening: nothing was taken
+            self._end()
+        else:
+            cancel_once(self._reading)
+
+    def stop(self, *, immediately: bool = False) -> None:
+        """End the run now: what is at work is cancelled. ``immediately``: don't even commit what is finished."""
+        self._immediate = self._immediate or immediately
+        self._end()
+
+    def report(self) -> Report:
+        """How the run stands now: counts, rates, errors by kind, and the stage to fix."""
+        if self._last_report is not None:
+            return self._last_report
+        now = self.clock()
+        ledger = self.ledger
+        counts = {name: ledger.fates[fate] for fate, name in enumerate(FATES)}
+        counts |= {"issued": ledger.issued, "released": ledger.released, "in_flight": ledger.open}
+        counts["retried"] = ledger.retried
+        notes = list(self.notes)
+        for pool in self._pools:
+            abandoned = list(getattr(pool, "abandoned", ()))
+            if abandoned:
+                notes.append(f"threads that hang past their timeout: {', '.join(abandoned)}")
+        return build(
+            name=self.plan.name,
+            counts=counts,
+            elapsed=(self._finished_at or now) - self._began,
+            segments=self._meters,
+            errors=self.errors,
+            now=self._finished_at or now,
+            guarantee=self.plan.guarantee,
+            earlier=self._earlier,
+            notes=notes,
+            source=self.plan.source.identity if self.plan.source is not None else "the callers",
+            sink=self.plan.sink.identity if self.plan.sink is not None else None,
+            cores=os.cpu_count() or 1,
+        )
+
+    # -- what segments do -------------------------------------------------------------------------------------------
+
+    def fail(self, error: BaseException) -> None:
+        """Stop the run with this exception; the first one counts."""
+        if self.ended:
+            return
+        self.failure = error
+        self._end()
+
+    def _end(self) -> None:
+        self.ended = True
+        for segment in self.segments:
+            segment.halt()
+        if self._supervisor is not None and not self._over.done():
+            self._over.set_result(None)
+        self.on_end()
+
+    @property
+    def failed(self) -> bool:
+        """Whether an exception ended the run."""
+        return self.failure is not None
+
+    def refuse(self, origin: Any, error: BaseException) -> bool:
+        """Whether somebody waits for this very item and takes its error, so that the run goes on."""
+        return self._refuse is not None and self._refuse(origin, error)
+
+    def satisfied(self, segment: Runner) -> None:
+        """A ``take`` has enough: everything before it stops; what comes after goes on."""
+        if self._reading is not None:
+            cancel_once(self._reading)
+        for before in self.segments[: self.segments.index(segment)]:
+            before.stopped = True
+            self._cutting.append(self.loop.create_task(before.abort()))
+
+    # -- the supervisor ---------------------------------------------------------------------------------------------
+
+    async def _supervise(self) -> None:
+        restore = self._take_signals() if self._signals else None
+        display = Display(self.plan.name, self.report, None, self._show)
+        try:
+            try:
+                progress = await self._open()
+                if not self._opened.done():
+                    self._opened.set_result(None)
+                if progress is not None and not self.ended:
+                    display.start()
+                    await self._work(progress)
+            except BaseException as error:
+                self._keep_first(error)
+            await self._shut_down()
+        finally:
+            display.stop()
+            if restore is not None:
+                restore()
+            self.ended = True
+            self._finished_at = self.clock()
+            self._last_report = self.report()
+            self.on_end()
+            if not self._opened.done():
+                self._opened.set_result(None)
+
+    def _keep_first(self, error: BaseException) -> None:
+        if self.failure is None:
+            self.failure = error
+        elif error is not self.failure:
+            logger.warning("while the run was ending: %s: %s", type(error).__name__, error, exc_info=error)
+        self._end()
+
+    async def _open(self) -> Progress | None:
+        """Open sink and pools; None if there is nothing to do."""
+        plan = self.plan
+        progress, first = Progress(), Delta()
+        if plan.sink is not None and plan.source is not None:
+            by_id = plan.id is not None and plan.sink.exactly_once
+            job = JobId(
+                plan.name, plan.source.identity, fresh=self._fresh, by_id=by_id, replayable=plan.source.replayable
+            )
+            sink_channel = Channel(_SINK_ROOM)
+            meter = StageMeter("to", "sink", 1)
+            policy = Policy("to", meter, self.errors, on_error=plan.sink_on_error)
+            segment_meter = SegmentMeter([meter], 1, self.clock())
+            progress = await plan.sink.open(job)
+            self._earlier = dict(progress.counts)
+            self._committer = Committer(
+                self, plan.sink, plan.source, sink_channel, policy, segment_meter, first
+            )  # from here on the sink is closed by the shutdown
+            if await self._nothing_to_do(progress, first):
+                return None
+            self.outlet = sink_channel
+        else:
+            self.outlet = Channel(self._outlet_room)
+        self._build(progress)
+        if self._committer is not None:
+            self._meters.append(self._committer.meter)
+        await self._open_segments()
+        return progress
+
+    async def _open_segments(self) -> None:
+        """All at once. When one fails, or the run is ended meanwhile, the others are cancelled and awaited."""
+        opening = [self.loop.create_task(segment.open()) for segment in self.segments]
+        pending = set(opening)
+        while pending:
+            done, _ = await asyncio.wait({*pending, self._over}, return_when=asyncio.FIRST_COMPLETED)
+            pending -= done
+            if self._over.done() or any(task.cancelled() or task.exception() for task in opening if task.done()):
+                for task in pending:
+                    task.cancel()
+                if pending:
+                    await asyncio.wait(pending)
+                break
+        for task in opening:
+            if not task.cancelled():
+                task.result()
+
+    async def _nothing_to_do(self, progress: Progress, first: Delta) -> bool:
+        """Compare input and plan with what an earlier run saw. Raises ResumeMismatch for a changed input."""
+        plan = self.plan
+        assert plan.source is not None
+        assert plan.sink is not None
+        if not plan.exactly_once:
+            return False
+        snapshot = await plan.source.snapshot()
+        first.snapshot, first.plan = snapshot, plan.fingerprint
+        if progress.snapshot is not None and progress.ids is None and snapshot != progress.snapshot:
+            how = await plan.source.changed(progress.snapshot)
+            if how is not None:
+                raise ResumeMismatch(plan.sink.identity, how)
+        if progress.plan is not None and progress.plan != plan.fingerprint:
+            note = "the plan has changed since the earlier run; what that run finished stays as it is"
+            self.notes.append(note)
+            logger.warning("%s: %s", plan.name, note)
+        if progress.finished and snapshot is not None and snapshot == progress.snapshot:
+            self.notes.append("nothing to do: an earlier run finished the job")
+            return True
+        return False
+
+    def _build(self, progress: Progress) -> None:
+        meter = StageMeter("read", "loop", 1)
+        self._source_meter = meter
+        self._policy = Policy(
+            "read",
+            meter,
+            self.errors,
+            on_error=self.plan.read_on_error,
+            max_failures=self.plan.read_max_failures,
+        )
+        left = {
+            number: max(0, count - progress.taken.get(number, 0)) for number, count in stage_takes(self.plan).items()
+        }
+        built = build_segments(self, self.plan, self.outlet, self.errors, left, inline=self._inline)
+        self.inlet = built.inlet
+        self.segments = built.segments
+        self._pools = built.pools
+        self._meters = built.meters
+        self.ledger.freed = built.pump_gate
+
+    async def _work(self, progress: Progress) -> None:
+        """From the first item to the last, or to the first reason to end."""
+        plan = self.plan
+        tasks: list[asyncio.Task[None]] = []
+        if plan.source is not None:
+            output = plan.sink.identity if plan.sink is not None else plan.name
+            reader = Reader(self, plan.source, progress, self.inlet, self._policy, plan.id, output)
+            self._reading = self.loop.create_task(self._read(reader), name=f"penstock read {plan.name}")
+            self._reading.add_done_callback(self._no_more_items)
+            tasks.append(self._reading)
+        if self._committer is not None:
+            tasks.append(self.loop.create_task(self._commit_all(), name=f"penstock commit {plan.name}"))
+        self._pump_all()  # a take of nothing is satisfied before anything came
+        try:
+            await self._over
+        finally:
+            for task in tasks:
+                cancel_once(task)
+            if not self._all_came_out():  # at once: no call may start while a sink still writes
+                tasks.append(self.loop.create_task(self._stop_segments()))
+            for task in tasks:
+                await asyncio.wait([task])
+                if not task.cancelled() and (error := task.exception()) is not None:
+                    self._keep_first(error)
+
+    async def _read(self, reader: Reader) -> None:
+        try:
+            await reader.run()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self.fail(error)
+
+    def _no_more_items(self, reading: asyncio.Task[None]) -> None:
+        """The source has ended, or was stopped by a drain or a ``take``: what was issued goes on."""
+        if not self.ended:
+            self.inlet.close()
+
+    def hurry(self) -> None:
+        """Something waits for room that partial batches could make."""
+        self.loop.call_soon(self._pump_all)
+
+    def _pump_all(self) -> None:
+        for segment in self.segments:
+            segment.pump()
+
+    async def _commit_all(self) -> None:
+        assert self._committer is not None
+        try:
+            await self._committer.run()
+        except asyncio.CancelledError:
+            if not self.ended:
+                raise
+        except BaseException as error:
+            self.fail(error)
+        else:
+            self._end()
+
+    def outlet_closed(self) -> None:
+        """Nothing more will come out; called by whoever consumes the outputs when it has them all."""
+        self._end()
+
+    async def _shut_down(self) -> None:
+        steps: list[Callable[[], Awaitable[Any]]] = [self._stop_segments]
+        if self._committer is not None:
+            steps += [self._last_commit, self._give_back, self._committer.close]
+        else:
+            steps.append(self._give_back)
+        for step in steps:
+            try:
+                await step()
+            except BaseException as error:
+                self._keep_first(error)
+
+    async def _stop_segments(self) -> None:
+        for cut in self._cutting:
+            await asyncio.wait([cut])
+        whole = self.failure is None and self._all_came_out()
+        if whole:
+            for segment in self.segments:
+                await segment.close()
+        else:
+            results = await asyncio.gather(*(segment.abort() for segment in self.segments), return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException):
+                    self._keep_first(result)
+
+    def _all_came_out(self) -> bool:
+        outlet = getattr(self, "outlet", None)
+        return outlet is not None and outlet.ended
+
+    async def _last_commit(self) -> None:
+        committer = self._committer
+        assert committer is not None
+        if committer.broken or self._immediate or not hasattr(self, "outlet"):
+            return
+        finished = self.failure is None and not self._draining and self._all_came_out()
+        self._finished_at = self.clock()
+        await committer.commit(finished=finished, report=self._report_for_journal())
+        self._finished_at = 0.0
+
+    def _report_for_journal(self) -> dict[str, Any]:
+        """The report as it will be when the last commit counts."""
+        pending = self.ledger.delta.counts
+        for fate, name in enumerate(FATES):
+            self.ledger.fates[fate] += pending.get(name, 0)
+            self.ledger.open -= pending.get(name, 0)
+        released, self.ledger.released, still = self.ledger.released, self.ledger.open, self.ledger.open
+        self.ledger.open = 0
+        report = self.report().to_dict()
+        self.ledger.released, self.ledger.open = released, still
+        for fate, name in enumerate(FATES):
+            self.ledger.fates[fate] -= pending.get(name, 0)
+            self.ledger.open += pending.get(name, 0)
+        return report
+
+    async def _give_back(self) -> None:
+        self.ledger.release()
+        if self.plan.source is not None and self.plan.sink is not None:
+            left = self.ledger.unfinished()
+            if left:
+                await self.plan.source.give_back(left)
+
+    # -- signals ----------------------------------------------------------------------------------------------------
+
+    def _take_signals(self) -> Callable[[], None] | None:
+        """Drain on the first SIGINT or SIGTERM, stop on the second; returns how to restore what stood before."""
+        if threading.current_thread() is not threading.main_thread():
+            return None
+        interrupts = Interrupts(self.interrupt)
+        interrupts.__enter__()
+        interrupts.listen(self.loop)
+
+        def restore() -> None:
+            interrupts.ignore(self.loop)
+            interrupts.__exit__()
+
+        return restore
+
+    def interrupt(self, number: signal.Signals) -> None:
+        """What a signal does: the first drains, the second stops at once."""
+        if self.ended:  # it came too late to change anything, but the caller is to be told
+            self.interrupted = self.interrupted or number
+            self.stop(immediately=True)
+        elif self.interrupted is None:
+            self.interrupted = number
+            self.notes.append(f"interrupted by {number.name}: drained and committed; run again to go on")
+            logger.warning("%s: %s: draining; once more stops at once", self.plan.name, number.name)
+            self._drain()
+        else:
+            self.stop(immediately=True)

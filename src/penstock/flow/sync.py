@@ -1,0 +1,164 @@
+"""The ``_sync`` twins: one background loop, in one daemon thread, for all of a process.
+
+A caller blocks until its coroutine has ended on that loop, whatever loop runs in its own thread: nothing is patched or
+nested. After a fork the child makes a loop of its own. On the main thread a Ctrl-C while waiting cancels the
+coroutine and waits for it to clean up before KeyboardInterrupt goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextvars
+import os
+import signal
+import threading
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from penstock.errors import WrongLoop
+from penstock.flow.interrupts import Interrupts
+
+if TYPE_CHECKING:
+    from penstock.flow.flow import Job
+    from penstock.flow.report import Report
+
+__all__ = ["background_loop", "run_blocking", "run_job_blocking"]
+
+T = TypeVar("T")
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+_thread: threading.Thread | None = None
+_process = 0
+_tasks: dict[concurrent.futures.Future[Any], asyncio.Task[Any]] = {}
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # there is none for Windows
+        return asyncio.new_event_loop()
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
+
+
+def background_loop() -> asyncio.AbstractEventLoop:
+    """The loop of the background thread, started on first use."""
+    global _loop, _thread, _process
+    with _lock:
+        if _loop is None or _process != os.getpid():
+            loop = _new_loop()
+            started = threading.Event()
+
+            def serve() -> None:
+                asyncio.set_event_loop(loop)
+                loop.call_soon(started.set)
+                loop.run_forever()
+
+            _loop, _process = loop, os.getpid()
+            _thread = threading.Thread(target=serve, name="penstock-loop", daemon=True)
+            _thread.start()
+            started.wait()
+        return _loop
+
+
+@atexit.register
+def _stop_background_loop() -> None:
+    """At the end of the process: what still runs is cancelled, so that nothing is left behind."""
+    if _loop is None or _thread is None or _process != os.getpid():
+        return
+    loop = _loop
+
+    async def end() -> None:
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others, timeout=5)
+        await loop.shutdown_asyncgens()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(end(), loop)
+    _thread.join(6)
+    if not _thread.is_alive():
+        loop.close()
+
+
+def run_blocking(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run ``make()`` on the background loop and return its result; raises what it raised."""
+    return _wait(_submit(make))
+
+
+def _submit(make: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
+    loop = background_loop()
+    if threading.current_thread() is _thread:
+        raise WrongLoop
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    context = contextvars.copy_context()
+
+    def start() -> None:
+        task = loop.create_task(make(), context=context)
+        _tasks[future] = task
+        task.add_done_callback(finish)
+
+    def finish(task: asyncio.Task[T]) -> None:
+        del _tasks[future]
+        if task.cancelled():
+            future.cancel()
+            future.set_running_or_notify_cancel()
+        elif (error := task.exception()) is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(task.result())
+
+    loop.call_soon_threadsafe(start)
+    return future
+
+
+def _wait(future: concurrent.futures.Future[T]) -> T:
+    """Block until the future is done; an interrupt cancels its task and waits for that first."""
+    try:
+        return future.result()
+    except (KeyboardInterrupt, SystemExit):
+        if not future.done():
+            background_loop().call_soon_threadsafe(_cancel, future)
+            concurrent.futures.wait([future])
+        raise
+    finally:
+        del future  # an exception's traceback must not keep itself alive
+
+
+def _cancel(future: concurrent.futures.Future[Any]) -> None:
+    task = _tasks.get(future)
+    if task is not None:
+        task.cancel()
+
+
+def run_job_blocking(job: Job, *, fresh: bool, inline: bool, progress: bool | None) -> Report:
+    """``Job.run`` on the background loop, with the signals of the main thread if this is it."""
+    run = job.start(fresh=fresh, inline=inline, progress=progress)
+
+    async def whole() -> Report:
+        async with run:
+            return await run.finish()
+
+    if threading.current_thread() is not threading.main_thread():
+        return run_blocking(whole)
+
+    async def listening(interrupts: Interrupts) -> Report:
+        loop = asyncio.get_running_loop()
+        interrupts.listen(loop)
+        try:
+            return await whole()
+        finally:
+            interrupts.ignore(loop)
+
+    with Interrupts(run.interrupt) as interrupts:
+        report = _wait(_submit(lambda: listening(interrupts)))
+    if run.interrupted == signal.SIGINT:
+        raise KeyboardInterrupt
+    if run.interrupted == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    return report
