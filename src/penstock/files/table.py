@@ -1,0 +1,196 @@
+"""Sources over tables: rows of CSV and of Parquet, as dicts by column."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from penstock.errors import DecodeError, PlanError
+from penstock.files.columns import arrow, parquet_module
+from penstock.files.lines import MAX_LINE, BadLine, read_lines
+from penstock.files.paths import FileSet
+from penstock.files.source import BATCH, BATCH_BYTES, Batch, FileSource, Unsettled
+from penstock.files.text import BOM, checked_encoding
+from penstock.flow.codec import converter
+from penstock.flow.contract import Unreadable
+from penstock.flow.progress import Positions
+
+__all__ = ["CsvSource", "ParquetSource"]
+
+
+class CsvSource(FileSource):
+    """Each row below the header as a dict of strings, or as a type."""
+
+    def __init__(self, files: FileSet, kind: Any, delimiter: str, encoding: str) -> None:
+        if not isinstance(delimiter, str) or len(delimiter) != 1:
+            raise PlanError(f"read.csv(delimiter={delimiter!r})", "Give a single character, such as ',' or '\\t'")
+        super().__init__(files)
+        self._delimiter = delimiter
+        self._encoding = checked_encoding(encoding)
+        self._convert = converter(kind, text=True) if kind is not None else None
+
+    def _batches(self, settled: Positions) -> Iterator[Batch]:
+        if csv.field_size_limit() < MAX_LINE:  # the module's own limit is 128 KB, for the whole process
+            csv.field_size_limit(MAX_LINE)
+        for path in self.files.paths():
+            yield from self._of_file(path, Unsettled(settled.of(path)))
+
+    def _of_file(self, path: str, unsettled: Unsettled) -> Iterator[Batch]:
+        lines = _TextLines(path, self._encoding)
+        header: list[str] | None = None
+        record = 0
+        batch: Batch = []
+        size = 0
+        for row in _rows(lines, self._delimiter):
+            if header is None:
+                header = self._header(path, row)
+                continue
+            if unsettled.wanted(record, record + 1):
+                batch.append(((path, record), self._item(path, header, row, lines)))
+                size += lines.size
+                if len(batch) >= BATCH or size >= BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+            record += 1
+        if batch:
+            yield batch
+
+    def _header(self, path: str, row: list[str] | Exception) -> list[str]:
+        if isinstance(row, Exception):
+            raise DecodeError(path, 1, f"the header can't be read: {row}")
+        twice = sorted({name for name in row if row.count(name) > 1})
+        if twice:
+            raise DecodeError(path, 1, f"the header names {', '.join(map(repr, twice))} more than once")
+        return row
+
+    def _item(self, path: str, header: list[str], row: list[str] | Exception, lines: _TextLines) -> Any:
+        if isinstance(row, Exception):
+            reason = str(row)
+        elif len(row) != len(header):
+            reason = f"the row has {len(row)} fields, and the header {len(header)}"
+        else:
+            item = dict(zip(header, row, strict=True))
+            if self._convert is None:
+                return item
+            try:
+                return self._convert(item)
+            except (msgspec.ValidationError, ValueError, TypeError) as error:
+                reason = str(error)
+        return Unreadable(lines.text, DecodeError(path, lines.first, reason))
+
+
+class _TextLines:
+    """Lines for the csv module, which remembers those of the current row.
+
+    An iterator of its own, not a generator: what is raised for one bad line leaves the next ones readable.
+    """
+
+    def __init__(self, path: str, encoding: str) -> None:
+        self._blocks = read_lines(path)
+        self._lines: Iterator[bytes | BadLine] = iter(())
+        self._encoding = encoding
+        self._number = 0
+        self._row: list[str] = []
+
+    def __iter__(self) -> _TextLines:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines, None)
+        if line is None:
+            self._lines = iter(next(self._blocks))
+            line = next(self._lines)
+        self._number += 1
+        if isinstance(line, BadLine):
+            self._row.append(line.raw.decode(errors="replace"))
+            raise ValueError(line.reason)
+        if self._number == 1:
+            line = line.removeprefix(BOM)
+        try:
+            text = str(line, self._encoding)
+        except ValueError:
+            self._row.append(line.decode(errors="replace"))
+            raise
+        self._row.append(text)
+        return text + "\n"
+
+    def begin(self) -> None:
+        """A new row begins with the next line."""
+        self._row.clear()
+
+    @property
+    def first(self) -> int:
+        """The number, from 1, of the line on which the current row begins."""
+        return self._number - len(self._row) + 1
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self._row)
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self._row))
+
+
+def _rows(lines: _TextLines, delimiter: str) -> Iterator[list[str] | Exception]:
+    """The rows, without blank lines; the error where one can't be read."""
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        lines.begin()
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except (csv.Error, ValueError) as error:
+            yield error
+            continue
+        if row:
+            yield row
+
+
+class ParquetSource(FileSource):
+    """Each row as a dict, or as a type."""
+
+    def __init__(self, files: FileSet, kind: Any) -> None:
+        parquet_module()
+        super().__init__(files)
+        self._convert = converter(kind) if kind is not None else None
+
+    def _batches(self, settled: Positions) -> Iterator[Batch]:
+        for path in self.files.paths():
+            yield from self._of_file(path, Unsettled(settled.of(path)))
+
+    def _of_file(self, path: str, unsettled: Unsettled) -> Iterator[Batch]:
+        pa = arrow()
+        try:
+            file = parquet_module().ParquetFile(path)
+        except (pa.ArrowException, OSError) as error:
+            raise DecodeError(path, 1, f"it is no intact Parquet file ({error})") from error
+        with file:
+            group_start = 0
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                if not unsettled.passes_over(group_start, group_start + count):
+                    yield from self._of_group(path, file, group, group_start, unsettled)
+                group_start += count
+
+    def _of_group(self, path: str, file: Any, group: int, start: int, unsettled: Unsettled) -> Iterator[Batch]:
+        try:
+            for table in file.iter_batches(batch_size=BATCH, row_groups=[group]):
+                for first, stop in unsettled.wanted(start, start + table.num_rows):
+                    rows = table.slice(first - start, stop - first).to_pylist()
+                    yield [((path, first + at), self._item(path, first + at, row)) for at, row in enumerate(rows)]
+                start += table.num_rows
+        except (arrow().ArrowException, OSError) as error:  # codecs raise OSError
+            raise DecodeError(path, start + 1, f"the Parquet data is damaged ({error})") from error
+
+    def _item(self, path: str, record: int, row: dict[str, Any]) -> Any:
+        if self._convert is None:
+            return row
+        try:
+            return self._convert(row)
+        except (msgspec.ValidationError, ValueError, TypeError) as error:
+            return Unreadable(row, DecodeError(path, record + 1, str(error)))
