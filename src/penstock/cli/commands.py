@@ -1,0 +1,85 @@
+"""The commands and their parameters: what typer needs to know, and nothing of what they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["application"]
+
+_Target = Annotated[
+    str, typer.Argument(metavar="FILE[:NAME]", help="A Python file, and which of its jobs, if it has several.")
+]
+
+
+def application() -> typer.Typer:
+    """The ``penstock`` command with all its groups."""
+    app = typer.Typer(
+        name="penstock",
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,  # a user's own traceback is printed as Python prints it
+        rich_markup_mode=None,  # help without the half of rich that it would load
+    )
+    app.callback()(_main)
+    app.command("run")(_run)
+    app.command("dead")(_dead)
+    app.command("torture")(_torture)
+    return app
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        import penstock
+
+        typer.echo(f"penstock {penstock.__version__}")
+        raise typer.Exit
+
+
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Run flows: every item is accounted for, and a killed job goes on where it was."""
+
+
+def _run(
+    target: _Target,
+    to: Annotated[str | None, typer.Option(metavar="SINK", help="Write here instead, by suffix.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the output and its progress first.")] = False,
+    inline: Annotated[
+        bool, typer.Option("--inline", help="No threads or processes, so that breakpoint() works.")
+    ] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress.")] = False,
+) -> None:
+    """Run the job that FILE defines; run again after a crash, it goes on where it was."""
+    from penstock.cli.run import run_target
+
+    raise typer.Exit(run_target(target, to=to, fresh=fresh, inline=inline, progress=False if no_progress else None))
+
+
+def _dead(
+    output: Annotated[Path, typer.Argument(help="The output of a job.")],
+    requeue: Annotated[bool, typer.Option("--requeue", help="Put the events of a log back on their topic.")] = False,
+) -> None:
+    """Show what failed for good: a table on a terminal, JSON lines otherwise."""
+    from penstock.cli.dead import show_dead
+
+    raise typer.Exit(show_dead(output, requeue=requeue))
+
+
+def _torture(
+    target: _Target,
+    kills: Annotated[int, typer.Option(min=1, help="How often to kill the job.")] = 50,
+    seed: Annotated[int | None, typer.Option(help="Repeats the choice of instants of an earlier run.")] = None,
+) -> None:
+    """Kill the job that FILE defines at random instants and compare its output with an undisturbed run's.
+
+    It runs in a scratch copy of its outputs: the real ones aren't touched.
+    """
+    from penstock.cli.torture import torture_target
+
+    raise typer.Exit(torture_target(target, kills=kills, seed=seed))

@@ -1,0 +1,58 @@
+"""What a command ends with: an exit code, and one sentence where a traceback would say less."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+
+from penstock.errors import MissingDependency, MissingInput, PenstockError, PlanError, SourceExhausted
+
+__all__ = ["BAD_DESCRIPTION", "DONE", "FAILED", "INTERRUPTED", "outcome", "say"]
+
+DONE = 0
+FAILED = 1
+BAD_DESCRIPTION = 2
+INTERRUPTED = 130
+
+_BAD = (PlanError, MissingInput, MissingDependency, SourceExhausted)
+
+
+def outcome(work: Callable[[], int]) -> int:
+    """Do a command's work and return its exit code, having said on stderr what went wrong.
+
+    What penstock raises is one sentence (and its notes); what the user's own code raises keeps its traceback.
+    A drained SIGINT or SIGTERM counts as interrupted.
+    """
+    try:
+        return work()
+    except KeyboardInterrupt:
+        say("interrupted: what was finished is committed; run it again to go on")
+        return INTERRUPTED
+    except SystemExit as exit_:
+        if exit_.code == 143:  # 128 + SIGTERM, as a drained run raises it
+            say("terminated: what was finished is committed; run it again to go on")
+            return INTERRUPTED
+        raise
+    except _BAD as error:
+        _say_error(error)
+        return BAD_DESCRIPTION
+    except PenstockError as error:
+        _say_error(error)
+        return FAILED
+    except Exception as error:
+        traceback.print_exception(error)
+        return FAILED
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(f"penstock: {text}", file=sys.stderr)
+
+
+def _say_error(error: PenstockError) -> None:
+    """A penstock error without its traceback: the sentence, then the notes that name stage, item and position."""
+    sentence = str(error)
+    say(sentence if sentence.endswith((".", "?", "!")) else f"{sentence}.")
+    for note in getattr(error, "__notes__", ()):
+        print(f"  {note}", file=sys.stderr)
