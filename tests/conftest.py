@@ -1,0 +1,25 @@
+"""Hypothesis everywhere in the tests: no deadlines of wall-clock time, and the same examples in every run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "usual", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("searching", settings.get_profile("usual"), derandomize=False, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "usual"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_outside() -> Iterator[None]:
+    """What is counted as at work outside the loop is counted out again: a leak would hang the virtual clock."""
+    from penstock.place.base import outside
+
+    before = outside.count
+    yield
+    assert outside.count == before

@@ -1,0 +1,484 @@
+"""Reading files: what items come out, at which positions, what can't be read, and going on in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+import csv as stdlib_csv
+import dataclasses
+import gzip
+import io
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from penstock.errors import DecodeError, MissingDependency, MissingInput, PlanError
+from penstock.files import lines as lines_module
+from penstock.files import read
+from penstock.files.lines import BadLine, read_lines
+from penstock.files.source import Unsettled
+from penstock.flow.contract import Unreadable
+from penstock.flow.flow import Flow
+from penstock.flow.progress import Intervals, Position, Positions, Progress
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def read_all(flow: Flow[Any], settled: Positions | None = None) -> list[tuple[Position, Any]]:
+    """Everything a flow's source yields."""
+    assert flow.source is not None
+    source = flow.source
+
+    async def main() -> list[tuple[Position, Any]]:
+        found = []
+        async for batch in source.read(Progress(settled=settled or Positions())):
+            assert 1 <= len(batch) <= 256
+            found += batch
+        return found
+
+    return asyncio.run(main())
+
+
+def source_of(flow: Flow[Any]) -> Any:
+    assert flow.source is not None
+    return flow.source
+
+
+def items(flow: Flow[Any]) -> list[Any]:
+    return [item for _, item in read_all(flow)]
+
+
+def errors(flow: Flow[Any]) -> list[tuple[Any, str]]:
+    return [(item.raw, str(item.error)) for item in items(flow) if isinstance(item, Unreadable)]
+
+
+# Lines.
+
+
+def test_lines() -> None:
+    Path("a.txt").write_bytes("one\r\n\nthrée\nlast".encode())
+    assert read_all(read.lines("a.txt")) == [
+        (("a.txt", 0), "one"),
+        (("a.txt", 1), ""),
+        (("a.txt", 2), "thrée"),
+        (("a.txt", 3), "last"),
+    ]
+    Path("empty.txt").touch()
+    assert items(read.lines("empty.txt")) == []
+    Path("marked.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    assert items(read.lines("marked.txt")) == ["one", "two"]
+    assert items(read.lines("marked.txt", encoding="utf-8-sig")) == ["one", "two"]
+
+
+def test_lines_in_another_encoding() -> None:
+    Path("a.txt").write_bytes("é\n".encode("latin-1"))
+    assert items(read.lines("a.txt", encoding="latin-1")) == ["é"]
+    [(raw, said)] = errors(read.lines("a.txt"))
+    assert raw == "\ufffd"
+    assert said.startswith("a.txt, line 1: 'utf-8' codec can't decode")
+    for encoding in ("utf-16", "no-such"):
+        with pytest.raises(PlanError, match="encoding="):
+            read.lines("a.txt", encoding=encoding)
+
+
+def test_a_line_too_long_is_passed_over_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines_module, "_BLOCK", 64)
+    Path("a.txt").write_bytes(b"short\n" + b"x" * 5000 + b"\nafter\n" + b"y" * 500)
+    found = [line for lines in read_lines("a.txt", 100) for line in lines]
+    assert [type(line) for line in found] == [bytes, BadLine, bytes, BadLine]
+    assert found[1] == BadLine(b"x" * 1000, "the line has 5,000 bytes, and at most 100 are read")
+    assert (found[0], found[2]) == (b"short", b"after")
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=200).map(lambda data: data.replace(b"\x00", b"\n")), block=st.integers(1, 40))
+def test_lines_are_those_of_split(content: bytes, block: int) -> None:
+    Path("a.bin").write_bytes(content)
+    expected = content.split(b"\n")
+    if not expected[-1]:
+        expected.pop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines_module, "_BLOCK", block)
+        assert [line for lines in read_lines("a.bin") for line in lines] == expected
+
+
+# Compressed.
+
+
+def compressed(path: str, data: bytes) -> bytes:
+    return gzip.compress(data) if path.endswith(".gz") else zstandard.compress(data)
+
+
+@pytest.mark.parametrize("path", ["a.txt.gz", "a.txt.zst"])
+def test_compressed_lines(path: str) -> None:
+    big = "".join(f"{random.Random(n).random()}\n" for n in range(30_000))
+    Path(path).write_bytes(compressed(path, big.encode()) + compressed(path, b"more\nlast"))
+    assert items(read.lines(path)) == [*big.splitlines(), "more", "last"]
+    Path(path).write_bytes(b"")
+    assert items(read.lines(path)) == []
+    Path(path).write_bytes(compressed(path, b""))
+    assert items(read.lines(path)) == []
+
+
+def test_gzip_padding_is_passed_over() -> None:
+    padding = b"\0" * 40_000
+    Path("a.gz").write_bytes(gzip.compress(b"one\n") + padding + gzip.compress(b"two\n") + padding)
+    assert items(read.lines("a.gz")) == ["one", "two"]
+
+
+@pytest.mark.parametrize("path", ["a.txt.gz", "a.txt.zst"])
+@pytest.mark.parametrize("size", [1, 1000, 100_000])
+def test_compressed_data_that_is_cut_short_is_an_error_after_its_lines(path: str, size: int) -> None:
+    content = "".join(f"{random.Random(n).random()}\n" for n in range(size))
+    whole = compressed(path, content.encode())
+    for cut in (3, len(whole) // 2, len(whole) - 1):
+        Path(path).write_bytes(whole[:cut])
+        *good, bad = items(read.lines(path))
+        assert good == content.splitlines()[: len(good)]
+        assert isinstance(bad, Unreadable)
+        assert f"line {len(good) + 1}: the compressed data ends early" in str(bad.error)
+    Path(path).write_bytes(whole + whole[: len(whole) // 2])
+    *good, bad = items(read.lines(path))
+    assert good[:size] == content.splitlines()
+    assert isinstance(bad, Unreadable)
+
+
+@pytest.mark.parametrize("path", ["a.txt.gz", "a.txt.zst"])
+def test_compressed_data_that_is_damaged_is_an_error(path: str) -> None:
+    Path(path).write_bytes(b"this was never compressed\n")
+    [(_, said)] = errors(read.lines(path))
+    assert said.startswith(f"{path}, line 1: the compressed data is damaged")
+
+
+def test_a_missing_zstandard_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.zst").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(MissingDependency, match=r"penstock\[zstd\]"):
+        items(read.lines("a.zst"))
+
+
+def test_a_missing_pyarrow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingDependency, match=r"penstock\[parquet\]"):
+        read.parquet("a.parquet")
+
+
+# JSON lines.
+
+
+class Doc(msgspec.Struct):
+    id: int
+    text: str = ""
+
+
+def test_json_lines() -> None:
+    Path("a.jsonl").write_bytes(b'\xef\xbb\xbf{"id":1}\n\n  \t\n[2]\r\n\r\n"three"\nnull')
+    assert read_all(read.jsonl("a.jsonl")) == [
+        (("a.jsonl", 0), {"id": 1}),
+        (("a.jsonl", 1), [2]),
+        (("a.jsonl", 2), "three"),
+        (("a.jsonl", 3), None),
+    ]
+
+
+def test_a_bad_line_is_named_with_file_line_and_reason() -> None:
+    Path("a.jsonl").write_bytes(b'{"id":1}\n\n{"id":\n{"id":"x"}\n\xff\n{"id":2}\n')
+    found = items(read.jsonl("a.jsonl", type=Doc))
+    assert (found[0], found[4]) == (Doc(1), Doc(2))
+    assert errors(read.jsonl("a.jsonl", type=Doc)) == [
+        ('{"id":', "a.jsonl, line 3: Input data was truncated"),
+        ('{"id":"x"}', "a.jsonl, line 4: Expected `int`, got `str` - at `$.id`"),
+        ("\ufffd", "a.jsonl, line 5: JSON is malformed: invalid character (byte 0)"),
+    ]
+
+
+def test_a_type_that_cannot_be_decoded_is_refused_at_once() -> None:
+    Path("a.jsonl").touch()
+    with pytest.raises(PlanError, match="can't be decoded"):
+        read.jsonl("a.jsonl", type=dict[tuple[int, int], object()])  # type: ignore[misc]  # the point
+
+
+# CSV.
+
+
+@dataclasses.dataclass
+class Person:
+    name: str
+    age: int | None = None
+
+
+def test_csv() -> None:
+    Path("a.csv").write_text('\ufeffname,age\n"Ada ""the""\nCountess",36\n\nBob,\n', encoding="utf-8")
+    assert read_all(read.csv("a.csv")) == [
+        (("a.csv", 0), {"name": 'Ada "the"\nCountess', "age": "36"}),
+        (("a.csv", 1), {"name": "Bob", "age": ""}),
+    ]
+    assert items(read.csv("a.csv", type=Person)) == [Person('Ada "the"\nCountess', 36), Person("Bob")]
+
+
+def test_csv_with_tabs_and_another_encoding() -> None:
+    Path("a.tsv").write_bytes("é\tb\n1\t2\n".encode("latin-1"))
+    assert items(read.csv("a.tsv", delimiter="\t", encoding="latin-1")) == [{"é": "1", "b": "2"}]
+    with pytest.raises(PlanError, match="single character"):
+        read.csv("a.tsv", delimiter="::")
+
+
+def test_rows_that_cannot_be_read() -> None:
+    Path("a.csv").write_bytes(b'name,age\nAda,36\nBob\n"Ca\nrl","x"y\nDan,old\n\xff,1\nEve,5\nFay,"open\n')
+    found = items(read.csv("a.csv", type=Person))
+    assert [item for item in found if not isinstance(item, Unreadable)] == [Person("Ada", 36), Person("Eve", 5)]
+    said = errors(read.csv("a.csv", type=Person))
+    assert [raw for raw, _ in said] == ["Bob", '"Ca\nrl","x"y', "Dan,old", "\ufffd,1", 'Fay,"open']
+    assert [text.split(":")[0] for _, text in said] == [f"a.csv, line {line}" for line in (3, 4, 6, 7, 9)]
+    assert said[0][1].endswith("the row has 1 fields, and the header 2")
+    assert "Expected `int | null`" in said[2][1]
+
+
+@pytest.mark.parametrize(
+    ("header", "said"), [(b"a,b,a\n1,2,3\n", "'a' more than once"), (b"\xff\n1\n", "header can't")]
+)
+def test_a_header_that_cannot_be_read_stops_the_reading(header: bytes, said: str) -> None:
+    Path("a.csv").write_bytes(header)
+    with pytest.raises(DecodeError, match=said):
+        items(read.csv("a.csv"))
+
+
+def test_long_fields() -> None:
+    Path("a.csv").write_text("a\n" + "x" * 300_000 + "\n")
+    assert [len(row["a"]) for row in items(read.csv("a.csv"))] == [300_000]
+
+
+cells = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=8)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(cells, cells), max_size=20))
+def test_csv_is_read_as_it_was_written(rows: list[tuple[str, str]]) -> None:
+    text = io.StringIO()
+    writer = stdlib_csv.writer(text, lineterminator="\n", quoting=stdlib_csv.QUOTE_ALL)
+    writer.writerows([("a", "b"), *rows])
+    Path("a.csv").write_bytes(text.getvalue().encode())
+    assert items(read.csv("a.csv")) == [{"a": a, "b": b} for a, b in rows]
+
+
+# Parquet.
+
+
+def test_parquet() -> None:
+    table = pa.table({"id": list(range(1000)), "text": [None, *["x"] * 999]})
+    pq.write_table(table, "a.parquet", row_group_size=300)
+    assert read_all(read.parquet("a.parquet")) == [
+        (("a.parquet", n), {"id": n, "text": "x" if n else None}) for n in range(1000)
+    ]
+    found = items(read.parquet("a.parquet", type=Doc))
+    assert isinstance(found[0], Unreadable)
+    assert str(found[0].error) == "a.parquet, line 1: Expected `str`, got `null` - at `$.text`"
+    assert found[1:] == [Doc(n, "x") for n in range(1, 1000)]
+
+
+def test_a_directory_of_parquet_files() -> None:
+    Path("out.parquet").mkdir()
+    assert items(read.parquet("out.parquet")) == []
+    for number in range(2):
+        pq.write_table(pa.table({"n": [number]}), f"out.parquet/part-{number}.parquet")
+    pq.write_table(pa.table({"n": [9]}), "out.parquet/.part-9.parquet")
+    for pattern in ("out.parquet", "*.parquet", "out.parquet/*.parquet"):
+        assert [row["n"] for row in items(read.parquet(pattern))] == [0, 1]
+
+
+def test_a_file_that_is_not_parquet() -> None:
+    Path("a.parquet").write_text("hello")
+    with pytest.raises(DecodeError, match="no intact Parquet file"):
+        items(read.parquet("a.parquet"))
+
+
+def test_damaged_parquet() -> None:
+    pq.write_table(pa.table({"n": list(range(100_000))}), "a.parquet", compression="gzip")
+    data = bytearray(Path("a.parquet").read_bytes())
+    data[100:5000] = b"\xff" * 4900
+    Path("a.parquet").write_bytes(data)
+    with pytest.raises(DecodeError, match="damaged"):
+        items(read.parquet("a.parquet"))
+
+
+# Files.
+
+
+def test_files() -> None:
+    Path("b").mkdir()
+    for name in ("b/2.txt", "b/1.txt", "a.txt"):
+        Path(name).touch()
+    assert read_all(read.files("**/*.txt")) == [((str(p), 0), p) for p in map(Path, ("a.txt", "b/1.txt", "b/2.txt"))]
+    assert items(read.files(Path("a.txt"))) == [Path("a.txt")]
+    assert items(read.files(["b/*", "a.txt", "b/1.txt"])) == list(map(Path, ("b/1.txt", "b/2.txt", "a.txt")))
+    assert read_all(read.files("*"), Positions({"a.txt": Intervals([(0, 1)])})) == []
+
+
+def test_a_name_that_looks_like_a_pattern() -> None:
+    Path("a[1].txt").write_text("x\n")
+    assert items(read.lines("a[1].txt")) == ["x"]
+
+
+@pytest.mark.parametrize("pattern", ["none.jsonl", "none-*.jsonl", ["here.jsonl", "none.jsonl"], "none/**/*.jsonl"])
+@pytest.mark.parametrize("kind", [read.lines, read.jsonl, read.csv, read.parquet, read.files])
+def test_missing_input_is_an_error_at_once(kind: Any, pattern: Any) -> None:
+    Path("here.jsonl").touch()
+    with pytest.raises(MissingInput, match="none"):
+        kind(pattern)
+
+
+@pytest.mark.parametrize("pattern", [[], "", [""], [3], 3])
+def test_a_pattern_that_is_none(pattern: Any) -> None:
+    with pytest.raises(PlanError, match="names no file"):
+        read.lines(pattern)
+
+
+def test_directories_and_devices_are_no_input() -> None:
+    Path("folder").mkdir()
+    for kind in (read.lines, read.files):
+        with pytest.raises(PlanError, match="is a directory"):
+            kind("folder")
+    with pytest.raises(PlanError, match="pipe or device"):
+        read.lines("/dev/null")
+
+
+def test_the_flow_carries_what_it_was_given() -> None:
+    Path("a.jsonl").touch()
+    flow = read.jsonl("a.jsonl", id="doc", name="docs", on_error="skip")
+    assert (flow.id, flow.name, flow.defaults) == ("doc", "docs", {"on_error": "skip"})
+    assert flow.source is not None
+    assert flow.source.identity == "jsonl:a.jsonl"
+    many = read.lines([f"{n}*" for n in "aaaaa"]).source
+    assert many is not None
+    assert many.identity.startswith("lines:a*,… (5 paths")
+    assert many.replayable
+    assert not many.joins(object())
+    assert repr(source_of(flow)) == "read.jsonl:a.jsonl"
+
+
+def test_a_file_does_not_ask_what_became_of_its_lines() -> None:
+    Path("a.txt").touch()
+    source = source_of(read.lines("a.txt"))
+
+    async def main() -> None:
+        await source.settle(Positions())
+        await source.give_back(Positions(), 1.0, "why")
+        await source.dead(Positions(), "why")
+
+    asyncio.run(main())
+    assert Path("a.txt").read_bytes() == b""
+
+
+def test_many_files() -> None:
+    Path("many").mkdir()
+    for n in range(600):
+        Path(f"many/{n:03d}").touch()
+    assert len(items(read.files("many/*"))) == 600
+
+
+# Going on in the middle.
+
+
+@pytest.mark.parametrize("kind", ["lines", "jsonl", "jsonl.gz", "csv", "parquet"])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(settled=st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 1500)), max_size=4), data=st.data())
+def test_what_is_settled_is_not_read_again(kind: str, settled: list[tuple[int, int]], data: st.DataObject) -> None:
+    count = 3000
+    name = f"a.{kind}"
+    if not Path(name).exists():
+        if kind == "csv":
+            Path(name).write_text("n\n" + "".join(f"{n}\n" for n in range(count)))
+        elif kind == "parquet":
+            pq.write_table(pa.table({"n": list(range(count))}), name, row_group_size=700)
+        else:
+            text = "".join(json.dumps({"n": n}) + "\n" * (1 + (n % 7 == 0 and kind != "lines")) for n in range(count))
+            Path(name).write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
+    done = Intervals([(start, start + length) for start, length in settled])
+    function = {"lines": read.lines, "csv": read.csv, "parquet": read.parquet}.get(kind, read.jsonl)
+    found = read_all(function(name), Positions({name: done}))
+    assert [position[1] for position, _ in found] == [n for n in range(count) if n not in done]
+    for (_, index), item in found[:: data.draw(st.integers(1, 100))]:
+        assert str(index) in str(item)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=6), st.lists(st.integers(1, 20), max_size=9))
+def test_unsettled_parts(ranges: list[tuple[int, int]], lengths: list[int]) -> None:
+    settled = Intervals([(start, start + length) for start, length in ranges])
+    unsettled = Unsettled(settled)
+    start = 0
+    for length in lengths:
+        stop = start + length
+        expected = [index for index in range(start, stop) if index not in settled]
+        assert unsettled.passes_over(start, stop) == (not expected)
+        assert [index for low, high in unsettled.wanted(start, stop) for index in range(low, high)] == expected
+        start = stop
+
+
+def test_settled_records_are_not_decoded() -> None:
+    """What is wrong with them was dealt with."""
+    Path("a.jsonl").write_text("bad\n{}\n")
+    assert read_all(read.jsonl("a.jsonl"), Positions({"a.jsonl": Intervals([(0, 1)])})) == [(("a.jsonl", 1), {})]
+
+
+# Bounds and ends.
+
+
+def test_law_bounded_reading_a_big_file(tmp_path: Path) -> None:
+    """A file of 200 MB in lines of all lengths, read in less than 60 MB."""
+    code = """
+import asyncio, resource, sys
+from penstock.files import read
+from penstock.flow.progress import Progress
+with open("big.txt", "w") as file:
+    for n in range(2_000):
+        file.write("x" * 100_000 + "\\n")
+async def main():
+    count = 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    async for batch in read.lines("big.txt").source.read(Progress()):
+        count += len(batch)
+        await asyncio.sleep(0)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(count, grown // (1024 if sys.platform != "darwin" else 1 << 20))
+asyncio.run(main())
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    count, grown = map(int, shown.stdout.split())
+    assert count == 2000
+    assert grown < 60
+
+
+def test_law_it_ends_closing_early_closes_file_and_thread() -> None:
+    Path("a.txt").write_text("x\n" * 100_000)
+    code = """
+import asyncio, os, threading
+from penstock.files import read
+from penstock.flow.progress import Progress
+async def main():
+    reading = read.lines("a.txt").source.read(Progress())
+    await anext(reading)
+    await reading.aclose()
+    print(threading.active_count())
+    print(any(os.path.realpath(f"/proc/self/fd/{fd}").endswith("a.txt") for fd in os.listdir("/proc/self/fd")))
+if os.path.isdir("/proc/self/fd"):
+    asyncio.run(main())
+else:
+    print("1 False")
+"""
+    command = [sys.executable, "-W", "error", "-c", code]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (shown.stdout.split(), shown.stderr) == (["1", "False"], "")
