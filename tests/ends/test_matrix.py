@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.living import still_alive
 
 from penstock.flow.letters import JournalReader
 
@@ -253,8 +254,7 @@ def test_law_no_worker_outlives_its_parent(tmp_path: Path, how: str, number: sig
         assert len(workers) == 2
         job.signal(number)
         assert job.process.wait(DEADLINE) == -number
-        _, alive = psutil.wait_procs(workers, timeout=OUTLIVES)
-        assert alive == []
+        assert still_alive(workers, within=OUTLIVES) == []
         assert job.members() == []
 
 
@@ -267,8 +267,7 @@ def test_law_it_ends_when_the_parent_is_killed(tmp_path: Path, place: str, order
         assert len(workers) == (2 if place == "process" else 0)
         job.signal(signal.SIGKILL)
         job.process.wait(DEADLINE)
-        _, alive = psutil.wait_procs(workers, timeout=OUTLIVES)
-        assert alive == []
+        assert still_alive(workers, within=OUTLIVES) == []
         job.open_the_gate()
     with signalled(tmp_path, place, order, "run_sync") as job:
         job.open_the_gate()

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from tests.living import still_alive
 
 DEADLINE = 120
 
@@ -157,8 +158,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     before = set(psutil.Process().children())
     with started.client.setup_kernel():
         yield started
-    _, alive = psutil.wait_procs(set(psutil.Process().children()) - before, timeout=10)
-    assert alive == []
+    assert still_alive(set(psutil.Process().children()) - before, within=10) == []
 
 
 def test_a_notebook(kernel: Kernel) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.living import still_alive
 
 import penstock as ps
 from penstock.testing.comparing import Remains, first_difference, remains
@@ -192,8 +193,7 @@ def test_a_life_ends_with_torture_itself(tmp_path: Path) -> None:
         process.kill()
         process.wait()
         os.close(ours)
-    psutil.wait_procs([life], timeout=DEADLINE)
-    assert not life.is_running()
+    assert still_alive([life], within=DEADLINE) == []
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst", "out.csv", "out.parquet", "out.db"])
