@@ -286,3 +286,69 @@ def test_law_errors_a_report_groups_them_by_kind_with_an_example() -> None:
         ("work", "ValueError", 5, "bad 0"),
         ("work", "KeyError", 4, "'no 1'"),
     ]
+
+
+@pytest.mark.parametrize("shape", ["loop", "threads", "later stage", "batches", "retried", "kept", "filtered before"])
+def test_law_errors_a_share_is_judged_after_twenty_items_were_tried(shape: str) -> None:
+    tried: set[int] = set()
+
+    async def work(x: int) -> int:
+        await asyncio.sleep(0.001)
+        tried.add(x)
+        raise ValueError(f"bad {x}")
+
+    def thread(x: int) -> int:
+        tried.add(x)
+        raise ValueError(f"bad {x}")
+
+    async def batch(xs: list[int]) -> list[int]:
+        if len(xs) == 1:
+            tried.update(xs)
+        raise ValueError(f"bad {xs}")
+
+    async def same(x: int) -> int:
+        return x
+
+    async def even(x: int) -> bool:
+        return x % 2 == 0
+
+    flow: ps.Flow[int] = ps.Flow(range(1000))
+    given: dict[str, Any] = {"on_error": "skip", "max_failures": 0.5}
+    doomed: ps.Flow[Any] = {
+        "loop": lambda: flow.map(work, concurrency=4, **given),
+        "threads": lambda: flow.map(thread, workers=1, **given),
+        "later stage": lambda: flow.map(same).map(work, **given),
+        "batches": lambda: flow.map_batches(batch, batch_size=8, **given),
+        "retried": lambda: flow.map(work, concurrency=4, retry=ps.Retry(2, backoff=0.001), **given),
+        "kept": lambda: flow.map(work, concurrency=4, **{**given, "on_error": "keep"}).map(same, concurrency=4),
+        "filtered before": lambda: flow.filter(even).map(work, **given),
+    }[shape]()
+    with pytest.raises(ps.errors.FailureBudgetExceeded) as raised:
+        run_virtual(doomed.collect())
+    error = raised.value
+    assert len(tried) >= error.tried >= 20
+    assert error.failed > error.tried / 2
+    if shape != "retried":  # there, some that were tried aren't given up yet
+        assert error.failed == error.tried == 20
+
+
+@pytest.mark.parametrize("error", [LookupError, KeyError, OSError])
+def test_law_errors_nothing_of_the_run_is_at_work_when_it_is_raised(error: type[Exception]) -> None:
+    """No call starts from the moment of failure, and those that were at work have ended."""
+    started: list[int] = []
+    ended: list[int] = []
+
+    async def work(x: int) -> int:
+        started.append(x)
+        try:
+            if x == 5:
+                raise error(x)
+            await asyncio.sleep(10)
+            return x
+        finally:
+            ended.append(x)
+
+    with pytest.raises(error):
+        run_virtual(ps.Flow(range(1000)).map(work).collect())
+    assert started == list(range(6))
+    assert sorted(ended) == started

@@ -124,6 +124,8 @@ class BatchSegment(WorkSegment):
                     for member in members:
                         self._resolve(member, batch)
                     continue
+                policy = self.policies[0]
+                policy.tried += sum(id(member) not in self.tries for member in members)
                 for member, value in zip(members, batch.value, strict=True):
                     member.value = value
                     member.outcome = OK
@@ -159,6 +161,8 @@ class BatchSegment(WorkSegment):
     def _resolve(self, member: Task, batch: Task) -> None:
         """A single item failed by itself."""
         member.outcome, member.error = batch.outcome, batch.error
+        if id(member) not in self.tries:
+            self.policies[0].tried += 1
         verdict = self.policies[0].judge(member)
         if verdict.kind == RETRY:
             self._retry(member, verdict.delay, lambda: self._send([member]))

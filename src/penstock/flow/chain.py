@@ -47,6 +47,8 @@ class ChainSegment(WorkSegment):
         self._lane_of: dict[int, Any] = {}
         self._streams: dict[int, Stream] = {}
         self._parts: deque[tuple[Task, list[Any]]] = deque()
+        self._counts = any(policy.judges_share for policy in self.policies)
+        self._counted: dict[int, int] = {}  # by the id() of a task that will come again: stages that have counted it
 
     def _turn(self) -> None:
         if self._streaming and not self._hand_on_parts():
@@ -94,10 +96,12 @@ class ChainSegment(WorkSegment):
         if self.stopped:
             return
         spreads, ordered, tries = self._spreads, self.ordered, self.tries
-        if ordered and not spreads and not self._streaming and not tries:
+        if ordered and not spreads and not self._streaming and not tries and not self._counts:
             tasks = self._pass_through(tasks)
         for task in tasks:
             outcome = task.outcome
+            if self._counts:
+                self._count(task)
             if task.seconds is not None:
                 if outcome == OK:
                     self.meter.add_samples(len(self.policies) - len(task.seconds), task.seconds)
@@ -135,6 +139,17 @@ class ChainSegment(WorkSegment):
         self.sink.put(tasks)
         return []
 
+    def _count(self, task: Task) -> None:
+        """A share of failures is one of the items that were tried: count this one at the stages it came to."""
+        last = len(self.policies) - 1 if task.outcome == OK else max(task.at, task.stopped)
+        for policy in self.policies[self._counted.pop(id(task), 0) : last + 1]:
+            policy.tried += 1
+
+    def _returns(self, task: Task, step: int) -> None:
+        """The task will come back, having been counted up to this step."""
+        if self._counts:
+            self._counted[id(task)] = step + 1
+
     def _resolve(self, task: Task) -> bool:
         """Decide on a failed task; True if its end is known, False if it will be tried again or stops the run."""
         step = max(task.at, task.stopped)
@@ -145,6 +160,7 @@ class ChainSegment(WorkSegment):
             if stream is not None:
                 stream.again()
                 self._parts = deque(part for part in self._parts if part[0] is not task)  # they will come again
+            self._returns(task, step)
             self._retry(task, verdict.delay, lambda: self._submit([task]))
             return False
         task.at = step
@@ -161,6 +177,7 @@ class ChainSegment(WorkSegment):
         """The Failed takes the item's place, and goes through the stages that remain."""
         last = len(self.policies) - 1
         if task.at < last:
+            self._returns(task, task.at)
             task.value = failed
             task.at += 1
             task.outcome = PENDING
@@ -269,6 +286,7 @@ class ChainSegment(WorkSegment):
 
     def _resolve_key(self, task: Task, error: Exception) -> bool:
         """An item whose key can't be told fails at once: asking again would say the same."""
+        self.policies[0].tried += 1
         verdict = self.policies[0].give_up(task.value, task.origin, error, 1)
         if verdict.kind == RAISE:
             return self._raise(task, verdict.error)

@@ -53,7 +53,10 @@ def reason_of(error: BaseException) -> str:
 
 
 class Policy:
-    """How one stage deals with failures; ``tries``, shared by a segment, remembers how often a task was tried."""
+    """How one stage deals with failures; ``tries``, shared by a segment, remembers how often a task was tried.
+
+    Where ``judges_share``, the segment counts in ``tried`` the items that the stage has tried, whatever came of them.
+    """
 
     def __init__(
         self,
@@ -74,6 +77,8 @@ class Policy:
         self.timeout = timeout
         self.end = _ENDS[on_error]
         self.budget = max_failures
+        self.judges_share = max_failures is not None and 0 < max_failures < 1
+        self.tried = 0
         self._tries: Tries = {} if tries is None else tries
 
     def judge(self, task: Task) -> Verdict:
@@ -110,10 +115,10 @@ class Policy:
         return Verdict(self.end, error, failed=failed)
 
     def _over_budget(self, example: str) -> FailureBudgetExceeded | None:
-        budget, failed, tried = self.budget, self.meter.failed, max(self.meter.taken, self.meter.failed)
+        budget, failed, tried = self.budget, self.meter.failed, self.tried
         if budget is None:
             return None
-        if 0 < budget < 1:
+        if self.judges_share:
             over = tried >= _FEWEST_TRIED and failed > budget * tried
         else:
             over = failed > budget

@@ -91,6 +91,8 @@ class Reader:
             self.ledger.issue(part)
             if Unreadable in {type(task.value) for task in part}:
                 part = self._readable(part)
+            else:
+                self.policy.tried += len(part)
             self.channel.put(part)
 
     def _readable(self, tasks: list[Task]) -> list[Task]:
@@ -98,6 +100,7 @@ class Reader:
         readable = []
         for task in tasks:
             bad = task.value
+            self.policy.tried += 1
             if type(bad) is not Unreadable:
                 readable.append(task)
                 continue

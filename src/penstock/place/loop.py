@@ -206,17 +206,16 @@ class LoopPool(Pool):
                             step += 1
                 except BaseException as error:
                     self._fail(task, step, value, error)
-                    countdown, turn_ends = 1, -1.0  # yields before the next one: this may be the end of the run
                 else:
                     task.value = value
                     task.outcome = OK
             else:
                 await self._run(task)
-                if task.outcome not in _WELL:
-                    countdown, turn_ends = 1, -1.0
             if not finished:
                 self._loop.call_soon(self._deliver)
             finished.append(task)
+            if task.outcome not in _WELL:  # at once: this may be the end of the run, and then no other call may start
+                self._deliver()
             countdown -= 1
             if not countdown:
                 countdown = _LOOK_EVERY
