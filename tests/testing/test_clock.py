@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+import penstock as ps
 from penstock.errors import Deadlock
 from penstock.flow.blocking import Desk
 from penstock.testing import run_virtual
@@ -185,3 +186,12 @@ def test_the_result_is_raised_as_itself_and_everything_is_closed() -> None:
     gc.collect()  # an unclosed socket or loop would warn here
     with pytest.raises(RuntimeError):
         asyncio.get_running_loop()
+
+
+@pytest.mark.parametrize("progress", [None, False])
+def test_a_run_that_is_stuck_is_a_deadlock_though_somebody_looks_on(progress: bool | None) -> None:
+    async def work(x: int) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(Deadlock, match="work"):
+        run_virtual(ps.Flow(range(3)).map(work).to(lambda x: None).run(progress=progress))

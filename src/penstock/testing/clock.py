@@ -6,7 +6,7 @@ The loop is asyncio's own over a selector that doesn't sleep. Each turn it decid
 2. Something real is at work that will ring the loop: a function in an executor, a process, or a thread or process of
    penstock (``outside``). It waits for that as long as it takes, and time goes on as it really does.
 3. A descriptor is registered (a socket, a pipe), so the other side may be real: it waits PATIENCE, then goes on.
-4. There is a timer: time jumps to it.
+4. There is a timer: time jumps to it. Those of a progress display don't count: it looks on, and moves nothing.
 5. A descriptor is registered: it waits for it.
 6. Nothing can ever happen again: Deadlock.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
 from penstock.errors import Deadlock
+from penstock.flow.display import Display
 from penstock.place.base import outside
 
 __all__ = ["PATIENCE", "run_virtual"]
@@ -107,7 +108,7 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
             self._now += passed if timeout is None else min(passed, timeout)
             return events
         foreign = len(self._virtual.get_map()) > self._own
-        if timeout is None:
+        if timeout is None or self._only_looked_at():
             if not foreign:
                 raise Deadlock([_describe(task) for task in asyncio.all_tasks(self)])
             return select(None)
@@ -116,6 +117,11 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
         if not events:
             self._now += timeout
         return events
+
+    def _only_looked_at(self) -> bool:
+        """Whether all timers are displays'; nearly always the first one already isn't."""
+        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]  # the loop's own
+        return all(handle.cancelled() or _is_display(handle) for handle in scheduled)
 
     def _busy(self) -> bool:
         self._processes = [process for process in self._processes if process.get_returncode() is None]
@@ -146,6 +152,11 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
         transport, protocol = await super().subprocess_shell(*args, **kwargs)
         self._processes.append(transport)
         return transport, protocol
+
+
+def _is_display(handle: asyncio.TimerHandle) -> bool:
+    callback: Any = handle._callback  # type: ignore[attr-defined]  # there is no other way to tell
+    return isinstance(getattr(callback, "__self__", None), Display)
 
 
 def _describe(task: asyncio.Task[Any]) -> str:
