@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import penstock as ps
 from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, WAITING_INPUT, SegmentMeter, StageMeter
 from penstock.flow.report import ErrorGroup, ErrorLog, Report, build
 
@@ -261,3 +262,11 @@ def test_the_printed_report_is_never_wider_than_a_terminal(names: list[str], ite
         log.add(meter.first.name, "ValueError", message, ("file", items))
     report = report_of(*meters, errors=log, counts={"issued": items, "delivered": items})
     assert max(len(line) for line in str(report).splitlines()[2:]) <= 100
+
+
+def test_a_run_whose_coroutines_compute_names_the_loop() -> None:
+    async def crunch(x: int) -> int:
+        return sum(range(20_000))
+
+    report = ps.Flow(range(300)).map(crunch).to(lambda x: None).run_sync(progress=False)
+    assert (report.bottleneck.reason, report.bottleneck.stage) == ("loop", "crunch")

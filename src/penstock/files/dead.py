@@ -39,6 +39,10 @@ class DeadSource:
     def identity(self) -> str:
         return self._identity
 
+    @property
+    def total(self) -> int | None:
+        return None
+
     async def snapshot(self) -> Any:
         """Which journal it is: another one may give its letters the same numbers."""
         return {"journal": await aside(self._journal_id)}

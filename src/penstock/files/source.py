@@ -40,6 +40,11 @@ class FileSource(ABC):
     def identity(self) -> str:
         return self.files.identity
 
+    @property
+    def total(self) -> int | None:
+        """Not known: counting lines would be reading twice."""
+        return None
+
     async def snapshot(self) -> Any:
         """Size, time and digest of each file. Cancelling leaves the reading of a file to finish in the background."""
         return await aside(self.files.snapshot)

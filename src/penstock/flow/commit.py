@@ -182,6 +182,8 @@ class Committer:
         fenced = await self._call(self.sink.commit(delta))
         took = perf_counter() - began
         self._first = None
+        self.meter.first.calls += 1
+        self.meter.first.add_sample(took)
         self._next = self.host.clock() + max((_SHARE - 1) * took, self.sink.pace)
         self.ledger.committed(delta, fenced)
         if self._joined:

@@ -124,6 +124,10 @@ class Source(Protocol[T_co]):
     def replayable(self) -> bool:
         """Whether reading again gives the same items at the same positions."""
 
+    @property
+    def total(self) -> int | None:
+        """How many items there are; None where that isn't known before all are read."""
+
     async def snapshot(self) -> Any:
         """What the input looks like now, as JSON-able data: sizes, digests. None where there is nothing to compare."""
 

@@ -11,12 +11,13 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
-__all__ = ["Interrupts"]
+__all__ = ["Interrupts", "heard_on"]
 
 _HEARD = (signal.SIGINT, signal.SIGTERM)
 
@@ -65,6 +66,21 @@ class Interrupts:
                 elif self._elsewhere >= 0:
                     with suppress(OSError):  # it is full, so it will be read anyway
                         os.write(self._elsewhere, bytes([number]))
+
+
+def heard_on(loop: asyncio.AbstractEventLoop, heard: Callable[[signal.Signals], None]) -> Callable[[], None] | None:
+    """Hear them on this running loop; returns how to restore what stood before. None off the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    interrupts = Interrupts(heard)
+    interrupts.__enter__()
+    interrupts.listen(loop)
+
+    def restore() -> None:
+        interrupts.ignore(loop)
+        interrupts.__exit__()
+
+    return restore
 
 
 def _leave_it(number: int, frame: FrameType | None) -> None:

@@ -25,6 +25,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
@@ -35,7 +36,7 @@ from penstock.flow.commit import Committer, cancel_once, uninterrupted
 from penstock.flow.contract import Delta, JobId
 from penstock.flow.display import Display
 from penstock.flow.failing import Policy
-from penstock.flow.interrupts import Interrupts
+from penstock.flow.interrupts import heard_on
 from penstock.flow.ledger import FATES, Ledger
 from penstock.flow.meter import SegmentMeter, StageMeter
 from penstock.flow.plan import Plan, stage_takes
@@ -92,6 +93,8 @@ class Run:
         self._earlier: dict[str, int] = {}
         self.clock: Callable[[], float] = lambda: 0.0
         self._began = self._finished_at = 0.0
+        self._thread = 0
+        self._computed_before = self._computed = 0.0
         self._last_report: Report | None = None
         self.on_end: Callable[[], None] = lambda: None
 
@@ -102,6 +105,7 @@ class Run:
         self.loop = asyncio.get_running_loop()
         self.clock = clock_of(self.loop)
         self._began = self.clock()
+        self._thread, self._computed_before = threading.get_ident(), time.thread_time()
         self._opened: asyncio.Future[None] = self.loop.create_future()
         self._over: asyncio.Future[None] = self.loop.create_future()
         self._supervisor = self.loop.create_task(self._supervise(), name=f"penstock run {self.plan.name}")
@@ -167,6 +171,9 @@ class Run:
         counts = {name: ledger.fates[fate] for fate, name in enumerate(FATES)}
         counts |= {"issued": ledger.issued, "released": ledger.released, "in_flight": ledger.open}
         counts["retried"] = ledger.retried
+        elapsed = (self._finished_at or now) - self._began
+        if threading.get_ident() == self._thread:
+            self._computed = time.thread_time() - self._computed_before
         notes = list(self.notes)
         for pool in self._pools:
             abandoned = list(getattr(pool, "abandoned", ()))
@@ -175,7 +182,7 @@ class Run:
         return build(
             name=self.plan.name,
             counts=counts,
-            elapsed=(self._finished_at or now) - self._began,
+            elapsed=elapsed,
             segments=self._meters,
             errors=self.errors,
             now=self._finished_at or now,
@@ -185,6 +192,7 @@ class Run:
             source=self.plan.source.identity if self.plan.source is not None else "the callers",
             sink=self.plan.sink.identity if self.plan.sink is not None else None,
             cores=os.cpu_count() or 1,
+            loop_busy=min(1.0, self._computed / elapsed) if elapsed > 0 else 0.0,
         )
 
     # -- what segments do -------------------------------------------------------------------------------------------
@@ -224,8 +232,9 @@ class Run:
     # -- the supervisor ---------------------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
-        restore = self._take_signals() if self._signals else None
-        display = Display(self.plan.name, self.report, None, self._show)
+        restore = heard_on(self.loop, self.interrupt) if self._signals else None
+        total = self.plan.source.total if self.plan.source is not None else None
+        display = Display(self.plan.name, self.report, total, self._show)
         try:
             try:
                 progress = await self._open()
@@ -467,20 +476,6 @@ class Run:
                 await self.plan.source.give_back(left)
 
     # -- signals ----------------------------------------------------------------------------------------------------
-
-    def _take_signals(self) -> Callable[[], None] | None:
-        """Drain on the first SIGINT or SIGTERM, stop on the second; returns how to restore what stood before."""
-        if threading.current_thread() is not threading.main_thread():
-            return None
-        interrupts = Interrupts(self.interrupt)
-        interrupts.__enter__()
-        interrupts.listen(self.loop)
-
-        def restore() -> None:
-            interrupts.ignore(self.loop)
-            interrupts.__exit__()
-
-        return restore
 
     def interrupt(self, number: signal.Signals) -> None:
         """What a signal does: the first drains, the second stops at once."""

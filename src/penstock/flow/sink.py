@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from penstock.errors import PlanError
+from penstock.errors import OutputRejected, PlanError
 from penstock.flow.blocking import Desk
 from penstock.flow.contract import SUFFIXES, Delta, JobId, Origin, Sink
 from penstock.flow.progress import Positions, Progress
@@ -40,7 +40,10 @@ def as_sink(target: Any) -> Sink[Any]:
 
 
 class FunctionSink:
-    """Calls a function with each output, one after the other, a ``def`` in a thread: at least once."""
+    """Calls a function with each output, one after the other, a ``def`` in a thread: at least once.
+
+    What the function raises is that output's failure, and goes by ``on_error`` of ``to``.
+    """
 
     exactly_once = False
     keeps_dead = False
@@ -49,6 +52,7 @@ class FunctionSink:
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
         self._desk = Desk("penstock-to")
+        self._taken = 0  # outputs of the next write that the function has had: those before the one it refused
 
     @property
     def identity(self) -> str:
@@ -58,18 +62,43 @@ class FunctionSink:
         return Progress()
 
     async def write(self, outputs: Sequence[tuple[Origin, Sequence[Any]]]) -> None:
-        values = [value for _, outputs_of_one in outputs for value in outputs_of_one]
-        if is_async(self.function):
-            for value in values:
-                await self.function(value)
-        else:
-            for result in await self._desk.call(self._call_all, values):
-                await result
+        values = [(index, value) for index, (_, given) in enumerate(outputs) for value in given]
+        at, self._taken = self._taken, 0
+        while at < len(values):
+            at, error = await self._call(values, at)
+            if error is not None:
+                index = values[at][0]
+                self._taken = sum(before < index for before, _ in values)
+                raise OutputRejected([(index, error)])
 
-    def _call_all(self, values: Sequence[Any]) -> list[Any]:
-        """Runs in a thread, since it may block; what is to be awaited is returned."""
-        results = [self.function(value) for value in values]
-        return [result for result in results if inspect.isawaitable(result)]
+    async def _call(self, values: Sequence[tuple[int, Any]], at: int) -> tuple[int, Exception | None]:
+        """Call the function with the outputs from number ``at`` on: where it came to, and what it raised there."""
+        function = self.function
+        if not is_async(function):
+            at, result, error = await self._desk.call(self._call_until, values, at)
+            if result is None:
+                return at, error
+        else:
+            result = function(values[at][1])
+        try:
+            await result
+        except Exception as error:
+            return at, error
+        return at + 1, None
+
+    def _call_until(
+        self, values: Sequence[tuple[int, Any]], at: int
+    ) -> tuple[int, Awaitable[Any] | None, Exception | None]:
+        """Runs in a thread, since it may block, and comes back with what must be awaited on the loop."""
+        while at < len(values):
+            try:
+                result = self.function(values[at][1])
+            except Exception as error:
+                return at, None, error
+            if inspect.isawaitable(result):
+                return at, result, None
+            at += 1
+        return at, None, None
 
     async def commit(self, delta: Delta) -> Positions:
         return Positions()
