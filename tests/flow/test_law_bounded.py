@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, ClassVar
 
@@ -210,3 +211,34 @@ def test_law_bounded_items_are_let_go_of(shape: str) -> None:
     stages = 3 if shape == "three" else 1
     assert most <= SOURCE + (stages + 1) * STAGE < count
     assert not Thing.alive
+
+
+class Result:
+    """Something that can be seen to be alive."""
+
+
+@pytest.mark.parametrize("source", [lambda: iter(range(2000)), lambda: range(2000)], ids=["iterator", "sequence"])
+@pytest.mark.parametrize("sink", [False, True])
+def test_law_bounded_results_that_were_taken_are_held_by_nobody(source: Any, sink: bool) -> None:
+    """Else large ones pile up by the hundred, and the memory shared with processes runs short."""
+    alive: weakref.WeakSet[Result] = weakref.WeakSet()
+    most = 0
+
+    async def work(x: int) -> Result:
+        nonlocal most
+        result = Result()
+        alive.add(result)
+        most = max(most, len(alive))
+        await asyncio.sleep(0.001)
+        return result
+
+    async def main() -> None:
+        flow = ps.Flow(source()).map(work, concurrency=2)
+        if sink:
+            await flow.to(lambda result: None).run(progress=False)
+        else:
+            async for _ in flow:
+                pass
+
+    run_virtual(main())
+    assert most <= 40

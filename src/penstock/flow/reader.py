@@ -76,24 +76,26 @@ class Reader:
         self.channel.close()
 
     async def _put(self, tasks: list[Task]) -> None:
-        at = 0
-        while at < len(tasks):
-            room = self.channel.room
-            if room <= 0:
+        """Put them into the channel as it has room. What is put isn't held here: a task takes its results along."""
+        while tasks:
+            if self.channel.room <= 0:
                 self._room = self.host.loop.create_future()
                 await self._room
                 self._room = None
-                continue
-            part = tasks[at : at + room]
-            at += len(part)
-            self.policy.meter.taken += len(part)
-            self.policy.meter.emitted += len(part)
-            self.ledger.issue(part)
-            if Unreadable in {type(task.value) for task in part}:
-                part = self._readable(part)
             else:
-                self.policy.tried += len(part)
-            self.channel.put(part)
+                self._put_some(tasks)
+
+    def _put_some(self, tasks: list[Task]) -> None:
+        part = tasks[: self.channel.room]
+        del tasks[: len(part)]
+        self.policy.meter.taken += len(part)
+        self.policy.meter.emitted += len(part)
+        self.ledger.issue(part)
+        if Unreadable in {type(task.value) for task in part}:
+            part = self._readable(part)
+        else:
+            self.policy.tried += len(part)
+        self.channel.put(part)
 
     def _readable(self, tasks: list[Task]) -> list[Task]:
         """Apply ``on_error`` to what can't be decoded, or has no id of its own."""

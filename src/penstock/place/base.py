@@ -9,8 +9,8 @@ The contract, in numbered prose. If an implementation is inconsistent with it, t
    ``done`` is called with a list of tasks, each exactly once per ``submit``; it may call ``submit`` again.
    After ``abort`` returned, nothing is called back any more.
 3. At most ``workers`` tasks are in progress at any instant. What is submitted beyond that waits inside the pool
-   without a worker. ``room()`` says how many more tasks the pool can use now so that its workers stay busy: about
-   half a millisecond of work a worker. Submitting more is allowed; the bound on it is the caller's.
+   without a worker. ``room()`` says how many more tasks the pool can use now so that its workers stay busy: a
+   few milliseconds of work a worker. Submitting more is allowed; the bound on it is the caller's.
 4. ``open()`` starts every worker, builds the objects of ``per_worker`` in each, and raises what a constructor
    raised, as itself. A worker that has to be replaced later and can't be built is reported by ``failed``.
 5. Outcomes: ``OK`` (``value`` is the result), ``DROPPED`` (a KEEP step said no at ``at``), ``FAILED`` (``error`` is

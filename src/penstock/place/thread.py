@@ -13,7 +13,7 @@ task and started another thread in its place; its late result is dropped, and it
 ``lock`` decides which of the two came first.
 
 *Delivery.* A finished task rings the loop (``call_soon_threadsafe``) only if no delivery is due. Between fast tasks
-the loop waits a millisecond before it looks again, so a wake-up carries hundreds of results; a thread that runs out
+the loop waits two milliseconds before it looks again, so a wake-up carries hundreds of results; a thread that runs out
 of tasks while results wait ``hurries`` the loop. Flags are cleared before the deque is read, so nothing is missed.
 
 *Who cancels what.* Nobody can cancel a thread. ``abort`` drops what waits, cancels and awaits the awaitables that
@@ -40,10 +40,10 @@ from penstock.place.crew import Exchange, Stamp, Stream, Worker
 
 __all__ = ["ThreadPool"]
 
-_DELIVER_EVERY = 0.001
-"""Seconds between deliveries of fast tasks: the finest that every event loop's timer can do."""
+_DELIVER_EVERY = 0.002
+"""Seconds between deliveries while threads have more to do: each takes the interpreter from threads at work."""
 
-_AHEAD = 0.006
+_AHEAD = 0.012
 """Seconds of work that may wait for each thread. Busy threads keep the loop waiting for the interpreter for up to
 5 ms, its switch interval; with less ahead they run dry each time, and waking them costs more than fast tasks do."""
 
@@ -192,7 +192,7 @@ class ThreadPool(Pool):
         self._deliver()
 
     def _deliver(self) -> None:
-        """Hand over what is finished; look again in a millisecond if more is soon to come."""
+        """Hand over what is finished; look again soon if more is soon to come."""
         exchange = self._exchange
         if not exchange.delayed:
             exchange.due = False
