@@ -8,22 +8,25 @@ can't starve the stages; a sequence is read on the loop, since indexing doesn't 
 from __future__ import annotations
 
 import hashlib
+import os
 import weakref
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
 import msgspec
 
 from penstock.errors import PlanError, SourceExhausted
-from penstock.flow.blocking import chunks, feed
+from penstock.flow.blocking import feed_each
 from penstock.flow.contract import Source
 from penstock.flow.progress import Position, Positions, Progress
 
 __all__ = ["AsyncSource", "IterableSource", "MemorySource", "SequenceSource", "as_source", "position_of"]
 
 _BATCH = 1024
-_read_once: weakref.WeakSet[Any] = weakref.WeakSet()
+_DEEPEST = 8
+_read_once: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""Iterators that a run has read, by their id(): two that are equal aren't the same."""
 
 
 def as_source(value: Any, name: str | None) -> Source[Any]:
@@ -61,6 +64,10 @@ class MemorySource:
     def identity(self) -> str:
         return f"memory:{self.name}"
 
+    @property
+    def total(self) -> int | None:
+        return None
+
     async def snapshot(self) -> Any:
         return None
 
@@ -90,6 +97,10 @@ class SequenceSource(MemorySource):
         super().__init__(name)
         self.items = items
 
+    @property
+    def total(self) -> int | None:
+        return len(self.items)
+
     async def snapshot(self) -> Any:
         return {"length": len(self.items), "digest": self._digest(len(self.items))}
 
@@ -112,8 +123,8 @@ class SequenceSource(MemorySource):
             batch = list(self.items[start : min(start + _BATCH, length)])
             try:
                 state.update(encode(batch))
-            except (TypeError, ValueError, msgspec.MsgspecError):
-                state.update(repr([_stable(item) for item in batch]).encode())
+            except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
+                state.update(repr(_plain(batch)).encode(errors="backslashreplace"))
         return state.hexdigest()
 
     async def read(self, after: Progress) -> Any:
@@ -142,10 +153,10 @@ class _OneShot(MemorySource):
     def claim(self) -> None:
         if not self.once:
             return
-        if self.items in _read_once:
+        if _read_once.get(id(self.items)) is self.items:
             raise SourceExhausted(f"the {type(self.items).__name__} {self.name!r}")
         try:
-            _read_once.add(self.items)
+            _read_once[id(self.items)] = self.items
         except TypeError:  # built-in iterators take no weak references: this source remembers for itself
             if getattr(self, "_claimed", False):
                 raise SourceExhausted(f"the {type(self.items).__name__} {self.name!r}") from None
@@ -163,7 +174,7 @@ class IterableSource(_OneShot):
     async def read(self, after: Progress) -> Any:
         self.claim()
         index = 0
-        batches = feed(lambda: chunks(iter(self.items)), f"penstock-source-{self.name}")
+        batches = feed_each(lambda: iter(self.items), f"penstock-source-{self.name}")
         try:
             async for batch in batches:
                 yield list(zip(zip(repeat(""), range(index, index + len(batch))), batch, strict=False))
@@ -207,9 +218,29 @@ def _article(name: str) -> str:
 def _stable(value: Any) -> Any:
     """Stands for what JSON can't hold, the same in every process: no addresses, no hash order."""
     if isinstance(value, (set, frozenset)):
-        return sorted(map(repr, value))
+        return sorted(repr(_plain(member)) for member in value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     tobytes = getattr(value, "tobytes", None)
     if tobytes is not None:
         return hashlib.blake2b(tobytes(), digest_size=16).hexdigest()
-    fields = getattr(value, "__dict__", None)
+    name = getattr(value, "__qualname__", None)
+    if name is not None:  # a function or class
+        return name
+    slots = [name for kind in type(value).__mro__ for name in vars(kind).get("__slots__", ())]
+    fields = {name: getattr(value, name) for name in slots if name != "__weakref__" and hasattr(value, name)}
+    fields |= getattr(value, "__dict__", {})
     return [type(value).__qualname__, fields] if fields else [type(value).__qualname__]
+
+
+def _plain(value: Any, depth: int = _DEEPEST) -> Any:
+    """The same in every process where even JSON's own types fail: keys that aren't text, cycles, odd characters."""
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        return value
+    if depth == 0:
+        return type(value).__qualname__
+    if isinstance(value, Mapping):
+        return sorted((repr(_plain(key, depth - 1)), repr(_plain(one, depth - 1))) for key, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return [_plain(one, depth - 1) for one in value]
+    return _plain(_stable(value), depth - 1)
