@@ -235,10 +235,22 @@ class Overloaded(PenstockError, RuntimeError):
 
 
 class WrongLoop(PenstockError, RuntimeError):
-    """``call`` was awaited on another event loop than the one that opened it."""
+    """``call`` was awaited on another event loop than the one that opened it, or a ``_sync`` call made on its own.
+
+    ``problem`` says what was done, ``remedy`` what to do instead.
+    """
+
+    def __init__(
+        self,
+        problem: str = "call() belongs to the event loop that opened it",
+        remedy: str = "Await it there, or open one on this loop",
+    ) -> None:
+        super().__init__(problem, remedy)
+        self.problem = problem
+        self.remedy = remedy
 
     def __str__(self) -> str:
-        return "call() belongs to the event loop that opened it. Await it there, or open one on this loop"
+        return f"{self.problem}. {self.remedy}"
 
 
 class Closed(PenstockError, RuntimeError):

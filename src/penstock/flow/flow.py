@@ -23,11 +23,13 @@ from penstock.flow.stage import (
     Map,
     MapBatches,
     OnError,
+    SinkOnError,
     Stage,
     StageOptions,
     Take,
     Unbatch,
-    check_defaults,
+    check_flow,
+    check_to,
     check_wait,
     make_options,
     positive,
@@ -66,6 +68,7 @@ class Flow(Generic[T]):
     - ``on_error``: ``"raise"`` (default), ``"skip"``, ``"keep"`` (a ``Failed`` goes on in the item's place), or
       ``"dead_letter"`` (kept beside the output, to be read by ``ps.read.dead``).
     - ``max_failures``: stop the run when more than this many items of the stage failed for good; below 1, a share.
+      A stage's own None overrides the default of the flow, as it does for ``retry`` and ``timeout``.
     - ``name``: what the stage is called in reports; by default the function's name.
 
     Raises PlanError for what can't be run.
@@ -93,18 +96,18 @@ class Flow(Generic[T]):
         id: str | Callable[[Any], Any] | None = None,
         **defaults: Unpack[Defaults],
     ) -> None:
-        check_defaults(dict(defaults))
-        if id is not None and not isinstance(id, str) and not callable(id):
-            raise PlanError(f"Flow(id={id!r})", "Give the name of a field, or a function of an item")
+        check_flow(name, id, dict(defaults))
         set_ = object.__setattr__
         set_(self, "source", None if source is None else as_source(source, name))
         set_(self, "stages", ())
         set_(self, "name", name)
         set_(self, "id", id)
-        set_(self, "defaults", dict(defaults))
+        set_(self, "defaults", {key: value for key, value in defaults.items() if value is not None})
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: object = None) -> None:
         raise AttributeError(f"a Flow can't be changed: {name}. Its verbs return new flows")
+
+    __delattr__ = __setattr__
 
     def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
         for name, value in state[1].items():
@@ -114,15 +117,14 @@ class Flow(Generic[T]):
         source = self.source.identity if self.source is not None else "unbound"
         return f"Flow({source}, {len(self.stages)} stages)"
 
-    def _with(self, stage: Stage | None = None, source: Source[Any] | None = None) -> Flow[Any]:
+    def _with(self, **changed: Any) -> Flow[Any]:
         flow: Flow[Any] = object.__new__(Flow)
-        set_ = object.__setattr__
-        set_(flow, "source", source if source is not None else self.source)
-        set_(flow, "stages", self.stages if stage is None else (*self.stages, stage))
-        set_(flow, "name", self.name)
-        set_(flow, "id", self.id)
-        set_(flow, "defaults", self.defaults)
+        for name in Flow.__slots__:
+            object.__setattr__(flow, name, changed[name] if name in changed else getattr(self, name))
         return flow
+
+    def _then(self, stage: Stage) -> Flow[Any]:
+        return self._with(stages=(*self.stages, stage))
 
     @overload
     def map(
@@ -150,7 +152,7 @@ class Flow(Generic[T]):
         ['A', 'B']
         """
         name, options = make_options("map", function, given, self.defaults)
-        return self._with(Map(function, name, options))
+        return self._then(Map(function, name, options))
 
     def filter(
         self,
@@ -161,14 +163,14 @@ class Flow(Generic[T]):
     ) -> Flow[T]:
         """Keep the items for which ``function`` returns something true; the others count as filtered.
 
-        Parameters and errors: see ``Flow``.
+        Parameters and errors: see ``Flow`` and ``map``; PlanError for what can't be run.
 
         >>> import penstock as ps
         >>> ps.Flow(range(5)).filter(lambda x: x % 2).collect_sync()
         [1, 3]
         """
         name, options = make_options("filter", function, {**given, "on_error": on_error}, self.defaults)
-        return self._with(Filter(function, name, options))
+        return self._then(Filter(function, name, options))
 
     @overload
     def flat_map(
@@ -205,14 +207,14 @@ class Flow(Generic[T]):
         expansion must then be the same each time, since after a crash it is repeated and what is committed dropped.
         An ordered ``whole=False`` stage expands one item at a time.
 
-        Parameters and errors: see ``Flow``.
+        Parameters and errors: see ``Flow`` and ``map``; PlanError for what can't be run.
 
         >>> import penstock as ps
         >>> ps.Flow(["a b", "c"]).flat_map(str.split).collect_sync()
         ['a', 'b', 'c']
         """
         name, options = make_options("flat_map", function, given, self.defaults)
-        return self._with(FlatMap(function, name, options, whole))
+        return self._then(FlatMap(function, name, options, whole))
 
     @overload
     def map_batches(
@@ -243,7 +245,7 @@ class Flow(Generic[T]):
         since its *oldest* item came; None waits for a full batch or the end. If the function raises, the batch is
         halved and tried again until only the guilty items fail. Ceilings count batches.
 
-        Parameters and errors: see ``Flow``; a result of another length is BatchMismatch.
+        Parameters: see ``Flow``. Raises PlanError as ``map`` does; a result of another length is BatchMismatch.
 
         >>> import penstock as ps
         >>> ps.Flow([1, 2, 3]).map_batches(lambda xs: [x / max(xs) for x in xs], batch_size=2).collect_sync()
@@ -253,16 +255,16 @@ class Flow(Generic[T]):
         if options.key is not None:
             raise PlanError(f"stage {name!r}: map_batches takes no key=", "Give key= to a map stage before or after it")
         size = positive(batch_size, f"stage {name!r}: batch_size")
-        return self._with(MapBatches(function, name, options, size, check_wait(max_wait)))
+        return self._then(MapBatches(function, name, options, size, check_wait(max_wait)))
 
     def batch(self, size: int, *, max_wait: float | None = None) -> Flow[list[T]]:
-        """Make lists of ``size`` items; the last may be shorter, and any after ``max_wait`` seconds.
+        """Make lists of ``size`` items (1 … or PlanError); the last may be shorter, and any after ``max_wait`` s.
 
         >>> import penstock as ps
         >>> ps.Flow(range(5)).batch(2).collect_sync()
         [[0, 1], [2, 3], [4]]
         """
-        return self._with(Batch(positive(size, "batch(size)"), check_wait(max_wait)))
+        return self._then(Batch(positive(size, "batch(size)"), check_wait(max_wait)))
 
     @overload
     def unbatch(self: Flow[list[U]]) -> Flow[U]: ...
@@ -275,23 +277,23 @@ class Flow(Generic[T]):
         >>> ps.Flow([[1, 2], [3]]).unbatch().collect_sync()
         [1, 2, 3]
         """
-        return self._with(Unbatch())
+        return self._then(Unbatch())
 
     def take(self, count: int) -> Flow[T]:
         """Let the first ``count`` items pass; what was taken beyond them is released, and the run ends.
 
-        A resumed job goes on counting where the earlier run was.
+        A resumed job goes on counting where the earlier run was. Raises PlanError for what is no count.
 
         >>> import penstock as ps
         >>> ps.Flow(range(1_000_000)).take(3).collect_sync()
         [0, 1, 2]
         """
-        return self._with(Take(positive(count, "take(count)", least=0)))
+        return self._then(Take(positive(count, "take(count)", least=0)))
 
     def over(self, source: Flow[Any] | Iterable[Any] | AsyncIterable[Any] | Source[Any]) -> Flow[T]:
         """Bind an unbound flow to a source, or to a flow whose stages then come first.
 
-        Raises PlanError if this flow has a source already.
+        Raises PlanError if this flow has a source already, or the other one has none.
 
         >>> import penstock as ps
         >>> work = ps.Flow().map(str.upper)
@@ -306,28 +308,29 @@ class Flow(Generic[T]):
             flow = source
         else:
             flow = Flow(source, name=self.name, id=self.id)
-        bound = flow._with()
-        set_ = object.__setattr__
-        set_(bound, "stages", (*flow.stages, *self.stages))
-        set_(bound, "name", self.name or flow.name)
-        set_(bound, "id", self.id or flow.id)
-        set_(bound, "defaults", {**flow.defaults, **self.defaults})
-        return bound
+        return self._with(
+            source=flow.source,
+            stages=(*flow.stages, *self.stages),
+            name=self.name or flow.name,
+            id=self.id or flow.id,
+            defaults={**flow.defaults, **self.defaults},
+        )
 
     def to(
         self,
         sink: str | PathLike[str] | Sink[Any] | Callable[[T], Any],
         *,
         name: str | None = None,
-        on_error: OnError | None = None,
+        on_error: SinkOnError | None = None,
     ) -> Job:
         """Say where the outputs go: a path (by suffix), one of ``ps.write``, or a function of one output.
 
         Paths and ``ps.write`` commit the progress with the data: run the job again after a crash and it goes on. A
         function is called at least once for each output. ``name``: the job's name, under which progress is kept;
-        by default the source's and the sink's. ``on_error``: for outputs that the sink refuses.
+        by default the source's and the sink's. ``on_error``: for outputs that the sink refuses; not ``"keep"``, which
+        as a default of the flow means ``"raise"`` here: nothing comes after a sink.
 
-        Raises PlanError for a suffix that isn't known, or an object that is no sink.
+        Raises PlanError for a suffix that isn't known, an object that is no sink, or another ``on_error``.
 
         >>> import penstock as ps
         >>> seen = []
@@ -335,9 +338,8 @@ class Flow(Generic[T]):
         >>> sorted(seen), report.delivered
         ([1, 2], 2)
         """
-        policy = on_error or self.defaults.get("on_error") or "raise"
         target: Any = fspath(sink) if isinstance(sink, PathLike) else sink
-        return Job(self, as_sink(target), name=name, on_error=policy)
+        return Job(self, as_sink(target), name=name, on_error=check_to(name, on_error, self.defaults))
 
     def explain(self) -> str:
         """Say how the flow would run: segments, placements, ceilings, and the guarantee with its reason.
@@ -355,8 +357,8 @@ class Flow(Generic[T]):
     async def collect(self, *, inline: bool = False) -> list[T]:
         """Run the flow and return its outputs as a list.
 
-        Raises what a stage raised, with notes that name stage, item and position. Cancelling it cancels the run and
-        returns when nothing of it runs any more.
+        Raises what a stage raised, with notes that name stage, item and position; PlanError for a flow that can't
+        run, SourceExhausted for a second pass over an iterator. Cancelling it first ends all that runs.
 
         >>> import asyncio, penstock as ps
         >>> asyncio.run(ps.Flow([1, 2]).map(str).collect())
@@ -367,19 +369,19 @@ class Flow(Generic[T]):
         return cast("list[T]", await collect(self, inline=inline))
 
     def collect_sync(self, *, inline: bool = False) -> list[T]:
-        """``collect`` for code that isn't async; it works while an event loop runs, too (in a notebook)."""
+        """``collect`` for code that isn't async, also while a loop runs (a notebook); WrongLoop on its own loop."""
         from penstock.flow.sync import run_blocking
 
         return run_blocking(lambda: self.collect(inline=inline))
 
     def __aiter__(self) -> AsyncIterator[T]:
-        """Run the flow and yield its outputs as they come. Leaving the loop early stops the run."""
-        from penstock.flow.iterate import Outputs
+        """Run the flow and yield its outputs as they come; raises as ``collect``. Leaving early stops the run."""
+        from penstock.flow.iterate import iterate
 
-        return Outputs(self)
+        return iterate(self)
 
     def __iter__(self) -> Iterator[T]:
-        """The same for a plain ``for``: the flow runs on the background loop."""
+        """The same for a plain ``for``, raising as ``collect``: the flow runs on the background loop."""
         from penstock.flow.iterate import iterate_blocking
 
         return iterate_blocking(self)
@@ -449,7 +451,8 @@ class Job:
 
         Raises what a stage raised by default (see ``on_error``), after the rest was cancelled and awaited; what
         was finished before is committed. Raises PlanError, ResumeMismatch, OutputInUse and their like before
-        anything is written. Cancelling it stops the run, commits what is finished and leaves the rest to a next run.
+        anything is written, SourceExhausted for a second pass over an iterator. Cancelling it stops the run,
+        commits what is finished and leaves the rest to a next run.
 
         >>> import asyncio, penstock as ps
         >>> asyncio.run(ps.Flow([1, 2, 3]).to(lambda x: None).run()).delivered

@@ -8,6 +8,7 @@ caller; what is in the buffer then is released.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from penstock.flow.plan import Plan, make_plan
 from penstock.flow.run import Run
 from penstock.flow.stage import Work
-from penstock.flow.sync import run_blocking
+from penstock.flow.sync import background_loop, on_background_loop, run_blocking
 from penstock.place.base import Task
 
 if TYPE_CHECKING:
     from penstock.flow.flow import Flow
 
-__all__ = ["Outlet", "Outputs", "collect", "iterate_blocking"]
+__all__ = ["Outlet", "Outputs", "collect", "iterate", "iterate_blocking"]
 
 _BLOCKING_BATCH = 256
 _COLLECTED = 1024
@@ -36,9 +37,11 @@ class Outlet:
             isinstance(stage, Work) and stage.verb != "flat_map" for s in plan.segments for stage in s.stages
         )
         self._wanted: asyncio.Future[None] | None = None
+        self._begun = False
 
     async def open(self) -> None:
         """Start the run. Raises what opening raised."""
+        self._begun = True
         await self.run.__aenter__()
         self._channel = self.run.outlet
         self._channel.on_items = self._wake
@@ -79,8 +82,9 @@ class Outlet:
         ledger.delivered(entries)
 
     async def close(self) -> None:
-        """End the run; when this returns, nothing of it runs any more."""
-        await self.run.__aexit__(None, None, None)
+        """End the run if it was begun; when this returns, nothing of it runs any more."""
+        if self._begun:
+            await self.run.__aexit__(None, None, None)
 
 
 async def collect(flow: Flow[Any], *, inline: bool = False) -> list[Any]:
@@ -105,8 +109,8 @@ class Outputs(AsyncIterator[Any]):
     iterator: each output goes to one of them.
     """
 
-    def __init__(self, flow: Flow[Any]) -> None:
-        self._outlet = Outlet(make_plan(flow, None))
+    def __init__(self, plan: Plan) -> None:
+        self._outlet = Outlet(plan)
         self._buffer: deque[Task] = deque()
         self._opened = False
         self._closed = False
@@ -151,31 +155,45 @@ class Outputs(AsyncIterator[Any]):
                 run.loop.call_soon_threadsafe(run.stop)
 
 
+def iterate(flow: Flow[Any]) -> Outputs:
+    """The outputs of a flow as an async iterator. Raises PlanError."""
+    return Outputs(make_plan(flow, None))
+
+
 def iterate_blocking(flow: Flow[Any]) -> Iterator[Any]:
-    """The outputs of a flow as a plain iterator; the flow runs on the background loop."""
-    outlet = Outlet(make_plan(flow, None))
-    return _iterate(outlet)
+    """The outputs of a flow as a plain iterator; the flow runs on the background loop. Raises PlanError."""
+    return _iterate(Outlet(make_plan(flow, None)))
 
 
 def _iterate(outlet: Outlet) -> Iterator[Any]:
-    run_blocking(outlet.open)
     handed: list[Task] = []
+    process = os.getpid()
     try:
+        run_blocking(outlet.open)
         while tasks := run_blocking(lambda: _next(outlet, handed)):
-            handed.clear()
             for task in tasks:
                 handed.append(task)
                 yield task.value
     finally:
-        run_blocking(lambda: _close(outlet, handed))
+        if on_background_loop():  # garbage collected there, where nothing may wait
+            outlet.run.stop()
+        elif process == os.getpid() and background_loop().is_running():  # else the run has ended, or isn't ours
+            run_blocking(lambda: _close(outlet, handed))
 
 
 async def _next(outlet: Outlet, handed: list[Task]) -> list[Task]:
-    outlet.deliver(handed)
+    _deliver(outlet, handed)
     return await outlet.take(_BLOCKING_BATCH)
 
 
 async def _close(outlet: Outlet, handed: list[Task]) -> None:
     if not outlet.run.ended:
-        outlet.deliver(handed)
+        _deliver(outlet, handed)
     await outlet.close()
+
+
+def _deliver(outlet: Outlet, handed: list[Task]) -> None:
+    """Once each, also when an interrupt comes between this and the next output."""
+    tasks = handed.copy()
+    handed.clear()
+    outlet.deliver(tasks)

@@ -10,6 +10,8 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from math import isfinite
 from typing import Any, Literal, TypedDict
 
 from penstock.errors import PlanError
@@ -25,12 +27,14 @@ __all__ = [
     "MapBatches",
     "OnError",
     "Options",
+    "SinkOnError",
     "Stage",
     "StageOptions",
     "Take",
     "Unbatch",
     "Work",
-    "check_defaults",
+    "check_flow",
+    "check_to",
     "check_wait",
     "code_digest",
     "describe",
@@ -40,6 +44,7 @@ __all__ = [
 ]
 
 OnError = Literal["raise", "skip", "keep", "dead_letter"]
+SinkOnError = Literal["raise", "skip", "dead_letter"]
 
 _PLACES = ("loop", "thread", "process")
 _ON_ERROR = ("raise", "skip", "keep", "dead_letter")
@@ -177,10 +182,20 @@ def positive(value: Any, what: str, *, least: int = 1) -> int:
     return value
 
 
+def _check_name(value: Any, what: str) -> None:
+    """Refuse a name that is no text; None means that none was given."""
+    if value is not None and not isinstance(value, str):
+        raise PlanError(f"{what}={value!r})", "Give a name as text")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
 def _seconds(value: Any, what: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+    if not _is_number(value) or value <= 0:
         raise PlanError(f"{what}={value!r}", "Give seconds above 0, or None for no bound")
     return float(value)
 
@@ -189,19 +204,25 @@ def check_wait(value: Any) -> float | None:
     """``max_wait=`` in seconds, 0 or more, or None to wait for a full batch."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+    if not _is_number(value) or value < 0:
         raise PlanError(f"max_wait={value!r}", "Give seconds, 0 or more, or None to wait for full batches")
     return float(value)
 
 
 def function_name(function: Any) -> str:
     """What a stage is called when nobody named it."""
-    if isinstance(function, PerWorker):
-        function = function.factory
-    while hasattr(function, "func"):  # functools.partial
-        function = function.func
+    function = _own(function)
     name: str = getattr(function, "__name__", type(function).__name__)
     return name
+
+
+def _own(function: Any) -> Any:
+    """What the user wrote, behind ``per_worker`` and ``functools.partial``."""
+    if isinstance(function, PerWorker):
+        function = function.factory
+    while isinstance(function, partial):
+        function = function.func
+    return function
 
 
 def make_options(
@@ -220,60 +241,80 @@ def make_options(
     for name in given:
         if name not in known:
             raise PlanError(f"{verb}() has no parameter {name!r}", f"It takes {', '.join(sorted(known))}")
+    _check_name(given.get("name"), f"{verb}(name")
     name = given.get("name") or function_name(function)
+    return name, _resolve(f"stage {name!r}:", function, given, defaults, batches)
+
+
+def _resolve(where: str, function: Any, given: dict[str, Any], defaults: dict[str, Any], batches: bool) -> Options:
     asynchronous = is_async(function)
-    place = given.get("place") or defaults.get("place")
-    if place is None or (asynchronous and "place" not in given):
+    place = _first(given, defaults, "place", None)
+    if place is None or (asynchronous and given.get("place") is None):
         place = "loop" if asynchronous else "thread"
     if place not in _PLACES:
-        raise PlanError(f"stage {name!r}: place={place!r}", f"Give one of {', '.join(map(repr, _PLACES))}")
+        raise PlanError(f"{where} place={place!r}", f"Give one of {', '.join(map(repr, _PLACES))}")
     if place == "loop":
         if given.get("workers") is not None:
             raise PlanError(
-                f"stage {name!r}: workers= is for threads and processes, and this stage runs on the event loop",
+                f"{where} workers= is for threads and processes, and this stage runs on the event loop",
                 "Give concurrency= instead, the number of items in progress at once",
             )
-        ceiling = positive(_first(given, defaults, "concurrency", _LOOP_CONCURRENCY), f"stage {name!r}: concurrency")
+        ceiling = positive(_first(given, defaults, "concurrency", _LOOP_CONCURRENCY), f"{where} concurrency")
         named = given.get("concurrency") is not None
     else:
         if given.get("concurrency") is not None:
             raise PlanError(
-                f"stage {name!r}: concurrency= is for async functions, and this stage runs in a {place}",
+                f"{where} concurrency= is for async functions, and this stage runs in a {place}",
                 "Give workers= instead, the number of threads or processes",
             )
         usual = 1 if batches or isinstance(function, PerWorker) else os.cpu_count() or 1
-        ceiling = positive(_first(given, defaults, "workers", usual), f"stage {name!r}: workers")
+        ceiling = positive(_first(given, defaults, "workers", usual), f"{where} workers")
         named = given.get("workers") is not None
     on_error = _first(given, defaults, "on_error", "raise")
     if on_error not in _ON_ERROR:
-        raise PlanError(f"stage {name!r}: on_error={on_error!r}", f"Give one of {', '.join(map(repr, _ON_ERROR))}")
+        raise PlanError(f"{where} on_error={on_error!r}", f"Give one of {', '.join(map(repr, _ON_ERROR))}")
     key = given.get("key")
     if key is not None and not callable(key):
-        raise PlanError(f"stage {name!r}: key={key!r} isn't callable", "Give a function of an item")
-    budget = _first(given, defaults, "max_failures", None)
-    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, (int, float)) or budget < 0):
-        raise PlanError(f"stage {name!r}: max_failures={budget!r}", "Give a count, or a share between 0 and 1")
-    return name, Options(
+        raise PlanError(f"{where} key={key!r} isn't callable", "Give a function of an item")
+    budget = _last(given, defaults, "max_failures")
+    if budget is not None and (not _is_number(budget) or budget < 0):
+        raise PlanError(f"{where} max_failures={budget!r}", "Give a count, or a share between 0 and 1")
+    return Options(
         place=place,
         ceiling=ceiling,
         named=named,
         ordered=bool(_first(given, defaults, "ordered", True)),
         key=key,
-        retry=as_retry(_first(given, defaults, "retry", None)),
-        timeout=_seconds(_first(given, defaults, "timeout", None), f"stage {name!r}: timeout"),
+        retry=as_retry(_last(given, defaults, "retry")),
+        timeout=_seconds(_last(given, defaults, "timeout"), f"{where} timeout"),
         on_error=on_error,
         max_failures=budget,
     )
 
 
-def check_defaults(defaults: dict[str, Any]) -> None:
-    """Refuse a default that no stage has, or with a value that none takes."""
+def check_flow(name: Any, id: Any, defaults: dict[str, Any]) -> None:
+    """Refuse what is no name and no id, and a default that no stage has, or with a value that none takes."""
+    _check_name(name, "Flow(name")
+    if id is not None and not isinstance(id, str) and not callable(id):
+        raise PlanError(f"Flow(id={id!r})", "Give the name of a field, or a function of an item")
     known = Defaults.__annotations__
     for name in defaults:
         if name not in known:
             raise PlanError(f"Flow() has no parameter {name!r}", f"It takes name, id, {', '.join(sorted(known))}")
-    make_options("Flow", _noop, {}, defaults)
-    make_options("Flow", _async_noop, {}, defaults)
+    for given in ({}, {"place": "loop"}, {"place": "thread"}):  # each place has a ceiling of its own
+        _resolve("Flow():", str, given, defaults, False)
+
+
+def check_to(name: Any, given: Any, defaults: dict[str, Any]) -> str:
+    """What becomes of outputs that the sink refuses. Nothing comes after it that a Failed could be handed to."""
+    _check_name(name, "to(name")
+    if given is not None and (given == "keep" or given not in _ON_ERROR):
+        raise PlanError(
+            f"to(on_error={given!r}), which a sink can't do",
+            'Give "raise", "skip" or "dead_letter"; "keep" belongs to a stage, whose Failed goes on to the output',
+        )
+    policy: str = given or defaults.get("on_error", "raise")
+    return "raise" if policy == "keep" else policy
 
 
 def describe(stage: Stage) -> str:
@@ -291,7 +332,7 @@ def describe(stage: Stage) -> str:
             value = getattr(options, field.name)
             if field.name in ("place", "ceiling", "named") or value is None or value == field.default:
                 continue
-            parts.append(f"{field.name}={function_name(value) if field.name == 'key' else value}")
+            parts.append(f"{field.name}={_words(value)}")
         return " ".join(parts)
     if isinstance(stage, Batch):
         return f"batch({stage.size})" + (f" max_wait={stage.max_wait:g}" if stage.max_wait is not None else "")
@@ -304,14 +345,31 @@ def code_digest(stage: Stage) -> str:
     """Changes when the stage's own function changes: its byte code, so far as it can be seen."""
     if not isinstance(stage, Work):
         return ""
-    function = stage.function.factory if isinstance(stage.function, PerWorker) else stage.function
-    if inspect.isclass(function):
-        function = function.__call__
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return ""
-    constants = [repr(value) for value in code.co_consts if not inspect.iscode(value)]
-    return f"{code.co_code.hex()}{''.join(constants)}"
+    function = _own(stage.function)
+    kind = function if inspect.isclass(function) else type(function)
+    code = getattr(function, "__code__", None) or getattr(kind.__call__, "__code__", None)
+    return "" if code is None else _digest(code)
+
+
+def _digest(constant: Any) -> str:
+    """Code and its constants as text, the same in every process: no addresses, no hash order."""
+    if inspect.iscode(constant):
+        parts = [_digest(value) for value in constant.co_consts]
+        return f"{constant.co_code.hex()}{constant.co_names}{''.join(parts)}"
+    if isinstance(constant, frozenset):
+        return f"{sorted(map(repr, constant))}"
+    return repr(constant)
+
+
+def _words(value: Any) -> str:
+    """A parameter in words, the same in every process: functions and classes by their names."""
+    if isinstance(value, Retry):
+        given = {field.name: getattr(value, field.name) for field in fields(Retry)}
+        changed = [field.name for field in fields(Retry) if given[field.name] != field.default]
+        return f"Retry({', '.join(f'{name}={_words(given[name])}' for name in changed)})"
+    if isinstance(value, tuple):
+        return "|".join(map(_words, value))
+    return function_name(value) if callable(value) else str(value)
 
 
 def _first(given: dict[str, Any], defaults: dict[str, Any], name: str, usual: Any) -> Any:
@@ -321,9 +379,6 @@ def _first(given: dict[str, Any], defaults: dict[str, Any], name: str, usual: An
     return usual
 
 
-def _noop(item: Any) -> Any:
-    return item
-
-
-async def _async_noop(item: Any) -> Any:
-    return item
+def _last(given: dict[str, Any], defaults: dict[str, Any], name: str) -> Any:
+    """The same for what None switches off: a stage's own None counts."""
+    return given[name] if name in given else defaults.get(name)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from penstock.flow.flow import Job
     from penstock.flow.report import Report
 
-__all__ = ["background_loop", "run_blocking", "run_job_blocking"]
+__all__ = ["background_loop", "on_background_loop", "run_blocking", "run_job_blocking"]
 
 T = TypeVar("T")
 
@@ -55,7 +55,11 @@ def background_loop() -> asyncio.AbstractEventLoop:
             def serve() -> None:
                 asyncio.set_event_loop(loop)
                 loop.call_soon(started.set)
-                loop.run_forever()
+                while True:
+                    try:
+                        return loop.run_forever()
+                    except (KeyboardInterrupt, SystemExit):
+                        pass  # of a task, which has it as its outcome; the loop serves others too
 
             _loop, _process = loop, os.getpid()
             _thread = threading.Thread(target=serve, name="penstock-loop", daemon=True)
@@ -86,16 +90,36 @@ def _stop_background_loop() -> None:
         loop.close()
 
 
+def on_background_loop() -> bool:
+    """Whether the caller runs in the background loop's own thread, where nothing may wait for that loop."""
+    return threading.current_thread() is _thread
+
+
 def run_blocking(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run ``make()`` on the background loop and return its result; raises what it raised."""
-    return _wait(_submit(make))
+    """Run ``make()`` on the background loop and return its result; raises what it raised, or WrongLoop there.
 
-
-def _submit(make: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
-    loop = background_loop()
-    if threading.current_thread() is _thread:
-        raise WrongLoop
+    An interrupt while waiting cancels the coroutine and waits for its end first.
+    """
+    if on_background_loop():
+        raise WrongLoop(
+            "a _sync call would block the event loop that it waits for",
+            "Await the async form here, or make the call in a thread: asyncio.to_thread, or a def stage",
+        )
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    try:
+        _submit(make, future)
+        return future.result()
+    except (KeyboardInterrupt, SystemExit):
+        if not future.done():  # it came from outside, perhaps before anything was submitted
+            background_loop().call_soon_threadsafe(_cancel, future)
+            concurrent.futures.wait([future])
+        raise
+    finally:
+        del future  # an exception's traceback must not keep itself alive
+
+
+def _submit(make: Callable[[], Coroutine[Any, Any, T]], future: concurrent.futures.Future[T]) -> None:
+    loop = background_loop()
     context = contextvars.copy_context()
 
     def start() -> None:
@@ -106,34 +130,26 @@ def _submit(make: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Fu
     def finish(task: asyncio.Task[T]) -> None:
         del _tasks[future]
         if task.cancelled():
-            future.cancel()
-            future.set_running_or_notify_cancel()
+            _settle_cancelled(future)
         elif (error := task.exception()) is not None:
             future.set_exception(error)
         else:
             future.set_result(task.result())
 
     loop.call_soon_threadsafe(start)
-    return future
-
-
-def _wait(future: concurrent.futures.Future[T]) -> T:
-    """Block until the future is done; an interrupt cancels its task and waits for that first."""
-    try:
-        return future.result()
-    except (KeyboardInterrupt, SystemExit):
-        if not future.done():
-            background_loop().call_soon_threadsafe(_cancel, future)
-            concurrent.futures.wait([future])
-        raise
-    finally:
-        del future  # an exception's traceback must not keep itself alive
 
 
 def _cancel(future: concurrent.futures.Future[Any]) -> None:
     task = _tasks.get(future)
     if task is not None:
         task.cancel()
+    elif not future.done():
+        _settle_cancelled(future)
+
+
+def _settle_cancelled(future: concurrent.futures.Future[Any]) -> None:
+    future.cancel()
+    future.set_running_or_notify_cancel()
 
 
 def run_job_blocking(job: Job, *, fresh: bool, inline: bool, progress: bool | None) -> Report:
@@ -156,7 +172,7 @@ def run_job_blocking(job: Job, *, fresh: bool, inline: bool, progress: bool | No
             interrupts.ignore(loop)
 
     with Interrupts(run.interrupt) as interrupts:
-        report = _wait(_submit(lambda: listening(interrupts)))
+        report = run_blocking(lambda: listening(interrupts))
     if run.interrupted == signal.SIGINT:
         raise KeyboardInterrupt
     if run.interrupted == signal.SIGTERM:
