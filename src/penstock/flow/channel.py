@@ -74,7 +74,7 @@ class Channel:
             popleft = items.popleft
             taken = [popleft() for _ in range(most)]
             left = most
-            while self._stamps and left:
+            while self._stamps and left > 0:
                 stamp = self._stamps[0]
                 used = min(left, stamp[0])
                 stamp[0] -= used

@@ -96,7 +96,7 @@ class Intervals:
     __hash__ = None  # type: ignore[assignment]  # a mutable set
 
     def __repr__(self) -> str:
-        return f"Intervals({list(self)})"
+        return f"Intervals({list(iter(self))})"  # list(self) would make room for every member
 
     @property
     def watermark(self) -> int:
