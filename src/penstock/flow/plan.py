@@ -109,6 +109,11 @@ class Plan:
         )
 
     @property
+    def streams(self) -> bool:
+        """Whether a stage's outputs are committed one by one, so that an unfinished item must be known again."""
+        return any(isinstance(one, FlatMap) and not one.whole for segment in self.segments for one in segment.works)
+
+    @property
     def commits(self) -> bool:
         """Whether the sink keeps progress, so that outputs of an item are held to be committed together."""
         return self.sink is not None and self.sink.exactly_once

@@ -25,7 +25,10 @@ __all__ = ["Reader"]
 
 
 class Reader:
-    """Reads ``source`` after ``progress`` into ``channel``; ``id`` is the flow's, if the sink keeps ids."""
+    """Reads ``source`` after ``progress`` into ``channel``; ``id`` is the flow's, if the sink keeps ids.
+
+    ``digests``: a row must be recognized by more than its id, since a later run may expand it again.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,8 @@ class Reader:
         policy: Policy,
         id: str | Callable[[Any], Any] | None,
         output: str,
+        *,
+        digests: bool,
     ) -> None:
         self.host = host
         self.ledger = host.ledger
@@ -45,6 +50,7 @@ class Reader:
         self.policy = policy
         self.id = id if progress.ids is not None else None
         self.output = output
+        self.digests = digests
         self._room: asyncio.Future[None] | None = None
         channel.on_room = self._wake
 
@@ -151,6 +157,8 @@ class Reader:
     def _remember(self, position: Position, value: Any, known: Known) -> None:
         ledger = self.ledger
         ledger.keys[position] = known.key
+        if not self.digests and known.children is None:
+            return
         digest = row_digest(value.raw if type(value) is Unreadable else value)
         if known.children is not None:
             if known.digest is not None and known.digest != digest:

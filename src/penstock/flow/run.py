@@ -358,7 +358,9 @@ class Run:
         tasks: list[asyncio.Task[None]] = []
         if plan.source is not None:
             output = plan.sink.identity if plan.sink is not None else plan.name
-            reader = Reader(self, plan.source, progress, self.inlet, self._policy, plan.id, output)
+            reader = Reader(
+                self, plan.source, progress, self.inlet, self._policy, plan.id, output, digests=plan.streams
+            )
             self._reading = self.loop.create_task(self._read(reader), name=f"penstock read {plan.name}")
             self._reading.add_done_callback(self._no_more_items)
             tasks.append(self._reading)
