@@ -250,7 +250,7 @@ def _lines(report: Report) -> list[str]:
         done = ", ".join(f"{key} {number(count)}" for key, count in report.earlier.items() if count)
         lines.append(f"  earlier runs: {done}")
     if report.guarantee:
-        lines.append(f"  {report.guarantee}")
+        lines += wrapped(report.guarantee, "  ", "  ")
     if report.stages:
         lines += ["", *_stage_table(report.stages)]
     if report.errors:
