@@ -358,7 +358,8 @@ class CannotEncode(PenstockError, TypeError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"a {self.type_name} can't be written to {self.target}: {self.reason}"
+        article = "an" if self.type_name[:1].lower() in "aeiou" else "a"
+        return f"{article} {self.type_name} can't be written to {self.target}: {self.reason}"
 
 
 class IdError(PenstockError, ValueError):
@@ -381,7 +382,8 @@ class WriteFailed(PenstockError, OSError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path} can't be written: {self.reason}. Make space and run the job again: it goes on"
+        remedy = "Make space, or whatever it needs, and run again: it goes on"
+        return f"{self.path} can't be written: {self.reason}. {remedy}"
 
 
 class OutputRejected(PenstockError, ValueError):

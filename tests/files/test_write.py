@@ -434,7 +434,7 @@ def test_a_value_without_json_is_that_items_error_and_nothing_is_taken() -> None
     sink = write.jsonl("out.jsonl")
     assert [index for index, _ in rejected(sink, [1, object(), 2, {"a": 1j}])] == [1, 3]
     assert Path("out.jsonl").read_bytes() == b""
-    assert "a object can't be written to out.jsonl" in rejected(sink, [object()])[0][1]
+    assert "an object can't be written to out.jsonl" in rejected(sink, [object()])[0][1]
 
 
 # CSV.
