@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from penstock.flow.channel import Channel
@@ -35,6 +35,7 @@ def tasks(count: int) -> list[Task]:
 
 @settings(max_examples=400)
 @given(moves=st.lists(MOVES, max_size=60), timed=st.booleans(), capacity=st.integers(1, 6))
+@example(moves=[("put", 2), ("put", 1), ("withdraw", 2)], timed=True, capacity=4)
 def test_a_channel_is_a_list_that_says_since_when_its_first_task_waits(
     moves: list[tuple[str, int]], timed: bool, capacity: int
 ) -> None:

@@ -45,7 +45,13 @@ FATES = ("filtered", "skipped", "delivered", "dead")
 
 
 class Family:
-    """The outputs of one whole expansion, until the last of them has arrived or was dropped."""
+    """The outputs of one whole expansion, until the last of them has arrived or was dropped.
+
+    ``pending``: outputs on their way; when there are none, the family is complete, and ends now or when it is written.
+    ``admitted``: how many of those on their way passed each ``take``; ``passed``: how many that have ended did, which
+    counts when the family ends. An expansion after a ``take`` is a family of its own, whose root is an output of this
+    one: it counts as one here, and leaves its outputs and its counts here when it ends.
+    """
 
     __slots__ = ("admitted", "failed", "fate", "outputs", "passed", "pending", "root", "total")
 
@@ -56,7 +62,7 @@ class Family:
         self.outputs: list[Any] = []
         self.fate = FILTERED
         self.failed: Failed | None = None
-        self.admitted = 0
+        self.admitted: dict[int, int] = {}
         self.passed: dict[int, int] = {}
 
 
@@ -120,6 +126,13 @@ class Passed:
     def __init__(self, origin: Any, number: int) -> None:
         self.origin = origin
         self.number = number
+
+
+def family_of(origin: Any) -> Family | None:
+    """The family whose output this is, whatever ``take`` it passed."""
+    while isinstance(origin, Passed):
+        origin = origin.origin
+    return origin if isinstance(origin, Family) else None
 
 
 def positions_of(origin: Any) -> tuple[Position, ...]:
@@ -192,10 +205,24 @@ class Ledger:
             self._complete(family)
         return family
 
+    def admit(self, task: Task, number: int) -> list[Family]:
+        """The ``take`` of this number lets a task pass; returns the families that it is the first of, inner first."""
+        families = []
+        family = family_of(task.origin)
+        while family is not None:
+            first = number not in family.admitted
+            family.admitted[number] = family.admitted.get(number, 0) + 1
+            if not first:
+                break
+            families.append(family)
+            family = family_of(family.root)
+        task.origin = Passed(task.origin, number)
+        return families
+
     def cut(self, family: Family, number: int) -> None:
         """The ``take`` of this number lets no more of this family pass: it is complete with those admitted."""
         if family.pending:
-            family.pending = family.admitted - family.passed.get(number, 0)
+            family.pending = min(family.pending, family.admitted[number])  # a later take may have cut it before
             if not family.pending:
                 self._complete(family)
 
@@ -219,14 +246,16 @@ class Ledger:
         if type(origin) is tuple:
             self._settle_position(origin, fate, failed)
         elif isinstance(origin, Passed):
-            if isinstance(origin.origin, Family):
-                family = origin.origin
-                family.passed[origin.number] = family.passed.get(origin.number, 0) + 1
-            else:
-                taken = self.delta.taken
-                taken[origin.number] = taken.get(origin.number, 0) + 1
+            number, family = origin.number, family_of(origin)
+            counts = self.delta.taken if family is None else family.passed
+            counts[number] = counts.get(number, 0) + 1
+            if family is not None:
+                family.admitted[number] -= 1
             self.settle(origin.origin, fate, failed)
         elif isinstance(origin, Family):
+            if not origin.pending:  # complete, and written or refused by now
+                self._end_family(origin, fate, failed)
+                return
             if fate == DEAD:
                 origin.failed = origin.failed or failed
             origin.fate = max(origin.fate, fate)
@@ -247,11 +276,9 @@ class Ledger:
             if type(origin) is tuple:
                 entries.append((origin, (task.value,)))
                 continue
-            inner = origin
-            while isinstance(inner, Passed):
-                inner = inner.origin
-            if isinstance(inner, Family) and self.holds:
-                inner.outputs.append(task.value)
+            family = family_of(origin)
+            if family is not None and self.holds:
+                family.outputs.append(task.value)
                 self.settle(origin, DELIVERED)
             else:
                 entries.append((origin, (task.value,)))
@@ -277,14 +304,25 @@ class Ledger:
     def _complete(self, family: Family) -> None:
         """The last output of a family arrived or was dropped."""
         self.expanded -= family.total
-        for number, count in family.passed.items():
-            self.delta.taken[number] = self.delta.taken.get(number, 0) + count
-        if family.fate == DELIVERED and self.holds:
-            self.entries.append((family.root, family.outputs))
+        outer = family_of(family.root)
+        if outer is None and family.fate == DELIVERED and self.holds:
+            self.entries.append((family, family.outputs))
             self.changed()
         else:
-            self.settle(family.root, family.fate, family.failed)
+            if outer is not None and family.fate == DELIVERED:
+                outer.outputs += family.outputs
+            self._end_family(family, family.fate, family.failed)
         self.freed()
+
+    def _end_family(self, family: Family, fate: int, failed: Failed | None) -> None:
+        outer = family_of(family.root)
+        counts = self.delta.taken if outer is None else outer.passed
+        for number, count in family.passed.items():
+            counts[number] = counts.get(number, 0) + count
+        if outer is not None:
+            for number in family.admitted:
+                outer.admitted[number] -= 1
+        self.settle(family.root, fate, failed)
 
     def _settle_child(self, child: Child, fate: int, failed: Failed | None) -> None:
         stream = child.stream

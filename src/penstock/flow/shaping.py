@@ -7,7 +7,7 @@ from typing import Any
 
 from penstock.errors import ExpansionTooLarge
 from penstock.flow.failing import DEAD_LETTER, KEEP_IT, RAISE, Policy
-from penstock.flow.ledger import DEAD, SKIPPED, Family, Passed
+from penstock.flow.ledger import DEAD, SKIPPED, Family
 from penstock.flow.segment import Runner
 from penstock.place.base import Task
 from penstock.place.loop import SPREAD_BOUND
@@ -36,13 +36,8 @@ class TakeRunner(Runner):
             self.meter.first.taken += len(out)
             self.meter.first.emitted += len(out)
             for task in out:
-                family = task.origin
-                while isinstance(family, Passed):
-                    family = family.origin
-                if isinstance(family, Family):
-                    family.admitted += 1
+                for family in self.ledger.admit(task, self._number):
                     self._families[id(family)] = family
-                task.origin = Passed(task.origin, self._number)
             if len(self._families) > 1:
                 self._families = {key: family for key, family in self._families.items() if family.pending}
             self.sink.put(out)
@@ -65,7 +60,7 @@ class UnbatchRunner(Runner):
         self._policy = policy
 
     def _turn(self) -> None:
-        while self.sink.room > 0 and self.source.items:
+        while self.sink.room > 0 and self.source.items and not self.stopped:  # a take behind it may have enough
             task = self.source.take(1)[0]
             self.meter.first.taken += 1
             outputs = self._outputs(task)
