@@ -5,9 +5,10 @@ has waited ``max_wait``, or the input has ended. A batch that isn't full also wa
 meanwhile. One timer stands for the oldest item; nothing polls.
 
 A batch is one task of the pool, whose ``tag`` lists the tasks of its members. The members are in the window; the
-batch isn't. If a batch fails in whatever way (an exception, a timeout, a dead worker, a result of another length), it
-is halved and both halves are tried again, until only the guilty items fail by themselves: those go by the stage's
-retry and ``on_error``. Halves go before new batches.
+batch isn't. If a batch fails in whatever way (an exception, a timeout, a dead worker), it is halved and both halves are
+tried again, until only the guilty items fail by themselves: those go by the stage's retry and ``on_error``. Halves go
+before new batches. A result of another length is the function's fault: all items of the batch fail, and none is tried
+again.
 """
 
 from __future__ import annotations
@@ -120,8 +121,9 @@ class BatchSegment(WorkSegment):
                     self.meter.add_samples(0, batch.seconds)
                 mismatch = self._mismatch(batch, members)
                 if mismatch is not None:
-                    batch.outcome, batch.error = FAILED, mismatch
+                    batch.outcome = FAILED
                     for member in members:
+                        batch.error = BatchMismatch(*mismatch.args)  # each its own: it will say which item's it is
                         self._resolve(member, batch)
                     continue
                 policy = self.policies[0]
