@@ -204,6 +204,20 @@ def test_one_item_at_a_time() -> None:
     assert sorted(flow.collect_sync(inline=True)) == list(range(50))
 
 
+def test_one_item_at_a_time_also_where_a_plain_function_returns_what_is_awaited() -> None:
+    inside: list[int] = []
+
+    async def wait(x: int) -> int:
+        inside.append(x)
+        await asyncio.sleep(1)
+        assert inside == [x]
+        inside.remove(x)
+        return x
+
+    flow = ps.Flow(range(20)).map(lambda x: wait(x), workers=8)  # noqa: PLW0108  # a def, not the coroutine function
+    assert run_virtual(flow.collect(inline=True)) == list(range(20))
+
+
 def test_stages_on_the_loop_are_as_concurrent_as_ever() -> None:
     async def wait(x: int) -> int:
         await asyncio.sleep(1)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -220,16 +220,37 @@ def test_an_interrupt_at_any_moment_of_a_call_leaves_nothing_running(
     assert first or not ran
 
 
+@pytest.fixture
+def press_ctrl_c() -> Iterator[Callable[[], Coroutine[Any, Any, None]]]:
+    """Interrupts the main thread once. A signal that comes just before a thread goes to sleep on a lock wakes it only
+    with the next one, so it is sent until it is heard, as a person would."""
+    heard = threading.Event()
+
+    def hear(number: int, frame: Any) -> None:
+        if not heard.is_set():
+            heard.set()
+            raise KeyboardInterrupt
+
+    async def press() -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        while not heard.is_set():
+            signal.pthread_kill(main, signal.SIGINT)
+            await asyncio.sleep(0.01)
+
+    before = signal.signal(signal.SIGINT, hear)
+    yield press
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("twin", ["collect", "for"])
-def test_ctrl_c_while_waiting_cancels_and_waits_for_the_cleaning_up(twin: str) -> None:
-    main = threading.main_thread().ident
-    assert main is not None
+def test_ctrl_c_while_waiting_cancels_and_waits_for_the_cleaning_up(twin: str, press_ctrl_c: Any) -> None:
     cleaned: list[str] = []
 
     async def source() -> AsyncIterator[int]:
         yield 1
-        signal.pthread_kill(main, signal.SIGINT)
         try:
+            await press_ctrl_c()
             await asyncio.Event().wait()
         finally:
             await asyncio.sleep(0)
@@ -241,16 +262,14 @@ def test_ctrl_c_while_waiting_cancels_and_waits_for_the_cleaning_up(twin: str) -
     assert cleaned == ["source"]
 
 
-def test_an_interrupted_for_delivers_each_output_once() -> None:
+def test_an_interrupted_for_delivers_each_output_once(press_ctrl_c: Any) -> None:
     """What was handed over before the interrupt isn't counted again when the iterator closes."""
-    main = threading.main_thread().ident
-    assert main is not None
 
     async def source() -> AsyncIterator[int]:
         yield 1
         yield 2
         await handed.wait()
-        signal.pthread_kill(main, signal.SIGINT)
+        await press_ctrl_c()
         await asyncio.Event().wait()
 
     handed = asyncio.Event()
@@ -362,9 +381,9 @@ def test_a_forked_child_has_a_loop_of_its_own(tmp_path: Path) -> None:
         print(flow.collect_sync())
         warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside the background thread
         child = os.fork()
-        print(flow.collect_sync())
         if child:
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        print(flow.collect_sync())
         """,
     )
     assert (result.returncode, result.stderr) == (0, "")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
-import contextvars
 import os
 import signal
 import threading
@@ -120,10 +119,9 @@ def run_blocking(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 def _submit(make: Callable[[], Coroutine[Any, Any, T]], future: concurrent.futures.Future[T]) -> None:
     loop = background_loop()
-    context = contextvars.copy_context()
 
     def start() -> None:
-        task = loop.create_task(make(), context=context)
+        task = loop.create_task(make())
         _tasks[future] = task
         task.add_done_callback(finish)
 
@@ -136,7 +134,7 @@ def _submit(make: Callable[[], Coroutine[Any, Any, T]], future: concurrent.futur
         else:
             future.set_result(task.result())
 
-    loop.call_soon_threadsafe(start)
+    loop.call_soon_threadsafe(start)  # in a copy of the caller's context
 
 
 def _cancel(future: concurrent.futures.Future[Any]) -> None:
