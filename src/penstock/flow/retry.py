@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from penstock.errors import (
@@ -67,7 +68,7 @@ class Retry:
     def __post_init__(self) -> None:
         if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 0:
             raise PlanError(f"Retry(attempts={self.attempts!r})", "Give a whole number of further attempts, 0 or more")
-        if not isinstance(self.backoff, (int, float)) or self.backoff < 0:
+        if isinstance(self.backoff, bool) or not isinstance(self.backoff, (int, float)) or not 0 <= self.backoff < inf:
             raise PlanError(f"Retry(backoff={self.backoff!r})", "Give seconds, 0 or more")
 
     def repeats(self, error: BaseException, attempts: int) -> bool:
