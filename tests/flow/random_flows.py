@@ -586,7 +586,8 @@ def cases(
         if dead_letters:
             policies += ["dead_letter", "dead_letter"]
         on_error = draw(st.sampled_from(policies))
-        whole = verb == "flat_map" and (expanded or streamed or draw(st.booleans()))
+        batched = any(stage.verb == "batch" for stage in stages)
+        whole = verb == "flat_map" and (expanded or streamed or batched or draw(st.booleans()))
         if verb == "flat_map":
             expanded, streamed = expanded or whole, streamed or not whole
         stages.append(

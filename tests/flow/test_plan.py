@@ -451,3 +451,12 @@ def test_nothing_is_written_when_the_plan_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError):
         whole.batch(2).to(out).run_sync()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("unbatched", [False, True])
+def test_an_expansion_one_by_one_of_a_batch_is_refused(unbatched: bool) -> None:
+    """What is committed of it is kept by its first item, and another run may batch that with others."""
+    flow: ps.Flow[Any] = ps.Flow(range(4)).batch(2)
+    flow = flow.unbatch() if unbatched else flow
+    with pytest.raises(PlanError, match=r"batch\(2\), and a later run may make other lists"):
+        flow.flat_map(repr, whole=False).explain()

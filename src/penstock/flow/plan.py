@@ -256,7 +256,8 @@ def _unique(names: Sequence[str]) -> list[str]:
 
 
 def _check_expansions(stages: Sequence[Stage]) -> None:
-    """What can't be accounted for: batches across whole expansions, and expansions one by one within others."""
+    """What can't be accounted for: batches across whole expansions, and expansions one by one of many items."""
+    batched: str | None = None
     whole: str | None = None
     streams: str | None = None
     for stage in stages:
@@ -266,7 +267,14 @@ def _check_expansions(stages: Sequence[Stage]) -> None:
                 "items would chain them for ever",
                 "Use map_batches, which leaves items single, or flat_map(..., whole=False)",
             )
+        if isinstance(stage, Batch):
+            batched = f"batch({stage.size})"
         if isinstance(stage, FlatMap) and not stage.whole:
+            if batched is not None:
+                raise PlanError(
+                    f"flat_map({stage.name}, whole=False) comes after {batched}, and a later run may make other lists",
+                    "Leave out whole=False, or expand the items before they are batched",
+                )
             if whole is not None or streams is not None:
                 raise PlanError(
                     f"flat_map({stage.name}, whole=False) comes after {whole or streams}",
