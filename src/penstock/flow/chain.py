@@ -16,7 +16,7 @@ from typing import Any
 from penstock.errors import ExpansionTooLarge
 from penstock.flow.contract import Failed
 from penstock.flow.failing import DEAD_LETTER, KEEP_IT, RAISE, RETRY
-from penstock.flow.ledger import DEAD, FILTERED, SKIPPED, Stream
+from penstock.flow.ledger import DEAD, FILTERED, SKIPPED, Family, Stream
 from penstock.flow.segment import READY, SKIPPED_TAG, WorkSegment
 from penstock.place.base import DROPPED, FAILED, OK, PENDING, SPREAD, Task
 from penstock.place.loop import SPREAD_BOUND
@@ -207,7 +207,9 @@ class ChainSegment(WorkSegment):
 
     def _check_size(self, task: Task) -> None:
         """An expansion that is too large to be held whole fails."""
-        if not self.ledger.fits(task.origin, len(task.value), SPREAD_BOUND):
+        origin = task.origin
+        held = origin.total if isinstance(origin, Family) else 0
+        if len(task.value) + held > SPREAD_BOUND:
             task.outcome = FAILED
             task.at = len(self.policies) - 1
             task.error = ExpansionTooLarge(self.names[-1], SPREAD_BOUND)

@@ -76,7 +76,7 @@ class UnbatchRunner(Runner):
         error: Exception
         if isinstance(task.value, Iterable) and not isinstance(task.value, (str, bytes)):
             outputs = list(task.value)
-            if self.ledger.fits(task.origin, len(outputs), SPREAD_BOUND):
+            if len(outputs) <= SPREAD_BOUND:
                 return outputs
             error = ExpansionTooLarge(self.names[0], SPREAD_BOUND)
         else:

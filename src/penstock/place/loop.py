@@ -322,11 +322,6 @@ class LoopPool(Pool):
                         began = clock()
             if part:
                 await self._hand_over(task, stream)
-        except BaseException:
-            if not self._aborting:
-                stream.left = max(stream.left, 1)  # what came before the failure counts, granted or not
-                self._flush(task, stream)
-            raise
         finally:
             del self._streams[id(task)]
 

@@ -325,21 +325,16 @@ class Worker:
         """Hand over the outputs of an expansion in parts, waiting for grants."""
         result = self._await(result)
         self.outbox.begin(number)
-        try:
-            if hasattr(type(result), "__aiter__"):
+        if hasattr(type(result), "__aiter__"):
 
-                async def drain() -> None:
-                    async for output in result:
-                        self._emit(number, output)
-
-                self._loop_run(drain())
-            else:
-                for output in result:
+            async def drain() -> None:
+                async for output in result:
                     self._emit(number, output)
-        except Exception:
-            self._times[1] = inf
-            self._end_part(number)  # what came before the failure counts
-            raise
+
+            self._loop_run(drain())
+        else:
+            for output in result:
+                self._emit(number, output)
         self._times[1] = inf
         self._end_part(number)
 
