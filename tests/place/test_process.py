@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import gc
+import itertools
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import uvloop
 
-from penstock.errors import CannotSend, StageTimeout, WorkerDied
+from penstock.errors import CannotSend, ExpansionTooLarge, StageTimeout, WorkerDied
 from penstock.place.base import (
     DIED,
     DROPPED,
@@ -204,11 +205,17 @@ def test_what_steps_do() -> None:
     go(main)
 
 
-def test_a_spread_is_cut_one_beyond_the_bound() -> None:
+def test_a_spread_of_more_than_the_bound_fails_with_what_it_was_given() -> None:
+    async def endless(x: int) -> AsyncIterator[int]:
+        for index in itertools.count():
+            yield index
+
     async def main() -> None:
-        async with Rig(Step("many", lambda x: iter(range(10**9)), verb=SPREAD)) as rig:
-            (task,) = await rig.run([0])
-            assert len(task.value) == SPREAD_BOUND + 1
+        for many in (lambda x: itertools.count(), endless):
+            async with Rig(Step("many", many, verb=SPREAD)) as rig:
+                (task,) = await rig.run([7])
+                assert (task.outcome, type(task.error), task.value) == (FAILED, ExpansionTooLarge, 7)
+                assert task.error.bound == SPREAD_BOUND
 
     go(main)
 

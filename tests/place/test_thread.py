@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.errors import AbandonedThreads, StageTimeout
+from penstock.errors import AbandonedThreads, ExpansionTooLarge, StageTimeout
 from penstock.place.base import (
     DROPPED,
     FAILED,
@@ -24,6 +24,7 @@ from penstock.place.base import (
     OK,
     PART_SIZE,
     SPREAD,
+    SPREAD_BOUND,
     STREAM,
     TIMED_OUT,
     Chain,
@@ -33,7 +34,6 @@ from penstock.place.base import (
     per_worker,
     worker_index,
 )
-from penstock.place.loop import SPREAD_BOUND
 from penstock.place.thread import ThreadPool
 
 colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="none")
@@ -377,7 +377,7 @@ def test_what_a_close_raises_comes_out_of_close() -> None:
     run(main)
 
 
-def test_spread_gives_a_list_and_stops_one_past_the_bound() -> None:
+def test_spread_gives_a_list_and_fails_past_the_bound() -> None:
     def expand(n: int) -> Any:
         if n < 0:
             return n
@@ -393,7 +393,8 @@ def test_spread_gives_a_list_and_stops_one_past_the_bound() -> None:
     async def main() -> None:
         async with Rig(Step("x", expand, SPREAD)) as rig:
             three, none, many, wrong = await rig.run([3, 0, SPREAD_BOUND + 5, -1])
-            assert (three.value, none.value, len(many.value)) == ([0, 1, 2], [], SPREAD_BOUND + 1)
+            assert (three.value, none.value) == ([0, 1, 2], [])
+            assert (many.outcome, type(many.error), many.value) == (FAILED, ExpansionTooLarge, SPREAD_BOUND + 5)
             assert (wrong.outcome, type(wrong.error), wrong.value) == (FAILED, TypeError, -1)
         for function in (partial(expand_later), partial(expand_slowly)):
             async with Rig(Step("x", function, SPREAD)) as rig:

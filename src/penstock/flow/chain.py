@@ -16,10 +16,9 @@ from typing import Any
 from penstock.errors import ExpansionTooLarge
 from penstock.flow.contract import Failed
 from penstock.flow.failing import DEAD_LETTER, KEEP_IT, RAISE, RETRY
-from penstock.flow.ledger import DEAD, FILTERED, SKIPPED, Family, Stream
+from penstock.flow.ledger import DEAD, FILTERED, SKIPPED, Stream
 from penstock.flow.segment import READY, SKIPPED_TAG, WorkSegment
-from penstock.place.base import DROPPED, FAILED, OK, PENDING, SPREAD, Task
-from penstock.place.loop import SPREAD_BOUND
+from penstock.place.base import DROPPED, FAILED, OK, PENDING, SPREAD, SPREAD_BOUND, Task
 
 __all__ = ["ChainSegment"]
 
@@ -206,10 +205,8 @@ class ChainSegment(WorkSegment):
     # -- expansions -------------------------------------------------------------------------------------------------
 
     def _check_size(self, task: Task) -> None:
-        """An expansion that is too large to be held whole fails."""
-        origin = task.origin
-        held = origin.total if isinstance(origin, Family) else 0
-        if len(task.value) + held > SPREAD_BOUND:
+        """Expansions within an expansion that are too large together fail: what the stage was given is gone by then."""
+        if not self.ledger.fits(task.origin, len(task.value), SPREAD_BOUND):
             task.outcome = FAILED
             task.at = len(self.policies) - 1
             task.error = ExpansionTooLarge(self.names[-1], SPREAD_BOUND)

@@ -51,15 +51,19 @@ class Family:
     ``pending``: outputs on their way; when there are none, the family is complete, and ends now or when it is written.
     ``admitted``: how many of those on their way passed each ``take``; ``passed``: how many that have ended did, which
     counts when the family ends. An expansion after a ``take`` is a family of its own, whose root is an output of this
-    one: it counts as one here, and leaves its outputs and its counts here when it ends.
+    one: it counts as one here, and leaves its outputs and its counts here when it ends. ``made``: all outputs so far of
+    the outermost family and of those within it.
     """
 
-    __slots__ = ("admitted", "failed", "fate", "outputs", "passed", "pending", "root", "total")
+    __slots__ = ("admitted", "failed", "fate", "made", "outermost", "outputs", "passed", "pending", "root", "total")
 
     def __init__(self, root: Any, total: int) -> None:
         self.root = root
         self.pending = total
         self.total = total
+        outer = family_of(root)
+        self.outermost: Family = self if outer is None else outer.outermost
+        self.made = total
         self.outputs: list[Any] = []
         self.fate = FILTERED
         self.failed: Failed | None = None
@@ -190,6 +194,16 @@ class Ledger:
                 self.items[task.origin] = task.value
 
     # -- items become many, or one ----------------------------------------------------------------------------------
+
+    def fits(self, origin: Any, count: int, bound: int) -> bool:
+        """Whether ``count`` outputs more of this item stay within the bound; if so, they count from now on."""
+        family = family_of(origin)
+        if family is None:
+            return count <= bound
+        if family.outermost.made + count > bound:
+            return False
+        family.outermost.made += count
+        return True
 
     def expand(self, origin: Any, count: int) -> Any:
         """An item became ``count`` outputs; returns the origin they share. None left: it is filtered."""

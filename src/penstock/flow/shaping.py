@@ -9,8 +9,7 @@ from penstock.errors import ExpansionTooLarge
 from penstock.flow.failing import DEAD_LETTER, KEEP_IT, RAISE, Policy
 from penstock.flow.ledger import DEAD, SKIPPED, Family
 from penstock.flow.segment import Runner
-from penstock.place.base import Task
-from penstock.place.loop import SPREAD_BOUND
+from penstock.place.base import SPREAD_BOUND, Task, spread
 
 __all__ = ["TakeRunner", "UnbatchRunner"]
 
@@ -75,10 +74,13 @@ class UnbatchRunner(Runner):
         """The elements; None if there are none to be had, which ``on_error`` then deals with."""
         error: Exception
         if isinstance(task.value, Iterable) and not isinstance(task.value, (str, bytes)):
-            outputs = list(task.value)
-            if len(outputs) <= SPREAD_BOUND:
-                return outputs
-            error = ExpansionTooLarge(self.names[0], SPREAD_BOUND)
+            try:
+                outputs = spread(self.names[0], task.value)
+                if self.ledger.fits(task.origin, len(outputs), SPREAD_BOUND):
+                    return outputs
+                error = ExpansionTooLarge(self.names[0], SPREAD_BOUND)
+            except Exception as raised:  # too many, or what the iterable itself raised
+                error = raised
         else:
             error = TypeError(
                 f"stage {self.names[0]!r} was given a {type(task.value).__name__}, and unbatch() needs lists. "

@@ -17,7 +17,8 @@ The contract, in numbered prose. If an implementation is inconsistent with it, t
    the exception, ``at`` the step that raised it, ``value`` what that step was given), ``TIMED_OUT`` and ``DIED``
    (like FAILED; ``error`` is the exit code of a process that died). A task that fails can be submitted again
    as it is: it re-enters at its step. ``SPREAD`` results are lists: the outcome of a chain that ends with a SPREAD
-   step is ``OK`` with ``value`` a list of outputs.
+   step is ``OK`` with ``value`` a list of at most SPREAD_BOUND outputs; more are ExpansionTooLarge, FAILED like any
+   error.
 6. A chain whose last step is a STREAM step hands its outputs over in parts, by ``part(task, outputs)``, all before
    the task's own ``done`` (whose value is then None). Two parts may be out; for each further one the worker
    waits until ``grant(task)`` was called once. A worker that waits so is in progress.
@@ -32,12 +33,15 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import msgspec
+
+from penstock.errors import ExpansionTooLarge
 
 __all__ = [
     "DIED",
@@ -65,6 +69,8 @@ __all__ = [
     "outside",
     "per_worker",
     "set_worker_index",
+    "spread",
+    "spread_async",
     "worker_index",
 ]
 
@@ -81,7 +87,7 @@ PART_SIZE = 1024
 """The most outputs of a STREAM step in one part; a part is also handed over after SLICE seconds."""
 
 SPREAD_BOUND = 100_000
-"""The most outputs a SPREAD step may give; one more is collected, so that the caller can tell."""
+"""The most outputs a SPREAD step may give: they are held to be committed together."""
 
 # What a step does with the result of its function.
 MAP, KEEP, SPREAD, STREAM = range(4)
@@ -232,6 +238,28 @@ def bind(chain: Chain) -> tuple[list[Any], Callable[[], list[Any]]]:
             closer()
         raise
     return calls, lambda: closers
+
+
+def spread(step: str, result: Iterable[Any]) -> list[Any]:
+    """The outputs of a SPREAD step as a list. Raises ExpansionTooLarge for more than SPREAD_BOUND."""
+    outputs = list(islice(result, SPREAD_BOUND + 1))
+    if len(outputs) > SPREAD_BOUND:
+        raise ExpansionTooLarge(step, SPREAD_BOUND)
+    return outputs
+
+
+async def spread_async(step: str, result: Any) -> list[Any]:
+    """The same for what may have to be awaited, or iterated asynchronously."""
+    if inspect.isawaitable(result):
+        result = await result
+    if not isinstance(result, AsyncIterable):
+        return spread(step, result)
+    outputs = []
+    async for output in result:
+        outputs.append(output)
+        if len(outputs) > SPREAD_BOUND:
+            raise ExpansionTooLarge(step, SPREAD_BOUND)
+    return outputs
 
 
 class Outside:

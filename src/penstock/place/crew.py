@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
-from itertools import islice
 from typing import Any
 
 from penstock.place.base import (
@@ -30,8 +29,9 @@ from penstock.place.base import (
     Task,
     bind,
     set_worker_index,
+    spread,
+    spread_async,
 )
-from penstock.place.loop import SPREAD_BOUND, gather_outputs
 
 __all__ = ["PARTS_OUT", "Exchange", "Stamp", "Stream", "Worker"]
 
@@ -257,9 +257,10 @@ class Worker:
         if self.exchange.timed:
             self._stamp(task, at, value)
         result = call(value)
-        verb = self.exchange.chain.steps[at].verb
+        here = self.exchange.chain.steps[at]
+        verb = here.verb
         if verb == SPREAD:
-            return self._spread(result)
+            return self._spread(here.name, result)
         if verb == STREAM:
             return self._flow(task, at, value, result)
         result = self._settled(result)
@@ -307,11 +308,11 @@ class Worker:
         self.plain.add(kind)
         return result
 
-    def _spread(self, result: Any) -> list[Any]:
+    def _spread(self, step: str, result: Any) -> list[Any]:
         if hasattr(result, "__await__") or isinstance(result, AsyncIterable):
-            outputs: list[Any] = self._await(gather_outputs(result, SPREAD_BOUND))
+            outputs: list[Any] = self._await(spread_async(step, result))
             return outputs
-        return list(islice(result, SPREAD_BOUND + 1))
+        return spread(step, result)
 
     # -- awaiting on the loop ------------------------------------------------------------------------------------
 

@@ -19,7 +19,6 @@ import inspect
 import time
 from collections import deque
 from collections.abc import AsyncIterable, Callable, Iterable, Sequence
-from itertools import islice
 from typing import Any
 
 from penstock.place.base import (
@@ -37,12 +36,10 @@ from penstock.place.base import (
     Task,
     bind,
     is_async,
+    spread_async,
 )
 
-__all__ = ["SPREAD_BOUND", "LoopPool", "clock_of", "gather_outputs"]
-
-SPREAD_BOUND = 100_000
-"""The most outputs a SPREAD step may give; one more is collected, so that the caller can tell."""
+__all__ = ["LoopPool", "clock_of"]
 
 _YIELD_AFTER = 0.001
 _ALWAYS_TIMED = 0.0001
@@ -57,20 +54,6 @@ _WELL = (OK, DROPPED)
 def clock_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
     """A clock with microseconds that follows the loop's: a virtual loop's time is virtual, uvloop's is too coarse."""
     return time.perf_counter if type(loop).__module__.startswith("uvloop") else loop.time
-
-
-async def gather_outputs(result: Any, bound: int) -> list[Any]:
-    """The outputs of a SPREAD function as a list of at most ``bound + 1``."""
-    if inspect.isawaitable(result):
-        result = await result
-    if isinstance(result, AsyncIterable):
-        outputs = []
-        async for output in result:
-            outputs.append(output)
-            if len(outputs) > bound:
-                break
-        return outputs
-    return list(islice(result, bound + 1))
 
 
 class _Stream:
@@ -288,7 +271,7 @@ class LoopPool(Pool):
         step = self.chain.steps[at]
         result = self._calls[at](value)
         if step.verb == SPREAD:
-            return await gather_outputs(result, SPREAD_BOUND)
+            return await spread_async(step.name, result)
         if step.verb == STREAM:
             return await self._flow(task, result, _Stream(scope, step.timeout))
         if inspect.isawaitable(result):
@@ -322,6 +305,11 @@ class LoopPool(Pool):
                         began = clock()
             if part:
                 await self._hand_over(task, stream)
+        except BaseException:
+            if not self._aborting:
+                stream.left = max(stream.left, 1)  # what came before the failure counts, granted or not
+                self._flush(task, stream)
+            raise
         finally:
             del self._streams[id(task)]
 

@@ -24,7 +24,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from itertools import islice
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +35,12 @@ from penstock.place.base import (
     MAP,
     PENDING,
     SPREAD,
-    SPREAD_BOUND,
     STREAM,
     Chain,
     bind,
     set_worker_index,
+    spread,
+    spread_async,
 )
 from penstock.place.outbox import Outbox
 from penstock.place.pickling import LostClass, received
@@ -245,7 +245,7 @@ class Worker:
                         self._leave(DROPPED, at, step, None, given)
                         break
                 elif verb == SPREAD:
-                    value = self._spread(result)
+                    value = self._spread(self._chain.steps[step].name, result)
                 else:
                     self._stream(number, result)
                     value = None
@@ -306,35 +306,31 @@ class Worker:
             self._runner = asyncio.Runner()
         return self._runner.run(coroutine)
 
-    def _spread(self, result: Any) -> list[Any]:
-        result = self._await(result)
-        if not hasattr(type(result), "__aiter__"):
-            return list(islice(result, SPREAD_BOUND + 1))
-        outputs: list[Any] = []
-
-        async def collect() -> None:
-            async for output in result:
-                outputs.append(output)
-                if len(outputs) > SPREAD_BOUND:
-                    break
-
-        self._loop_run(collect())
-        return outputs
+    def _spread(self, step: str, result: Any) -> list[Any]:
+        if hasattr(type(result), "__await__") or hasattr(type(result), "__aiter__"):
+            outputs: list[Any] = self._loop_run(spread_async(step, result))
+            return outputs
+        return spread(step, result)
 
     def _stream(self, number: int, result: Any) -> None:
         """Hand over the outputs of an expansion in parts, waiting for grants."""
         result = self._await(result)
         self.outbox.begin(number)
-        if hasattr(type(result), "__aiter__"):
+        try:
+            if hasattr(type(result), "__aiter__"):
 
-            async def drain() -> None:
-                async for output in result:
+                async def drain() -> None:
+                    async for output in result:
+                        self._emit(number, output)
+
+                self._loop_run(drain())
+            else:
+                for output in result:
                     self._emit(number, output)
-
-            self._loop_run(drain())
-        else:
-            for output in result:
-                self._emit(number, output)
+        except Exception:
+            self._times[1] = inf
+            self._end_part(number)  # what came before the failure counts
+            raise
         self._times[1] = inf
         self._end_part(number)
 
