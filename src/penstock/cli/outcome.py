@@ -22,7 +22,8 @@ def outcome(work: Callable[[], int]) -> int:
     """Do a command's work and return its exit code, having said on stderr what went wrong.
 
     What penstock raises is one sentence (and its notes); what the user's own code raises keeps its traceback.
-    A drained SIGINT or SIGTERM counts as interrupted.
+    What can't be run at all is one line, with the place in the file if that is known. A drained SIGINT or SIGTERM
+    counts as interrupted.
     """
     try:
         return work()
@@ -35,7 +36,7 @@ def outcome(work: Callable[[], int]) -> int:
             return INTERRUPTED
         raise
     except _BAD as error:
-        _say_error(error)
+        say(_with_notes(error))
         return BAD_DESCRIPTION
     except PenstockError as error:
         _say_error(error)
@@ -48,6 +49,15 @@ def outcome(work: Callable[[], int]) -> int:
 def say(text: str) -> None:
     """One line on stderr."""
     print(f"penstock: {text}", file=sys.stderr)
+
+
+def _with_notes(error: BaseException) -> str:
+    """The sentence with its notes (where it came up) in brackets before its full stop."""
+    sentence = str(error)
+    notes = "; ".join(getattr(error, "__notes__", ()))
+    if notes:
+        sentence = f"{sentence.removesuffix('.')} ({notes})"
+    return sentence if sentence.endswith((".", "?", "!")) else f"{sentence}."
 
 
 def _say_error(error: PenstockError) -> None:
