@@ -91,6 +91,9 @@ def test_a_number_is_so_many_further_attempts(attempts: int, failures: int) -> N
         ({"backoff": True}, "backoff=True"),
         ({"backoff": float("nan")}, "backoff=nan"),
         ({"backoff": float("inf")}, "backoff=inf"),
+        ({"on": 5}, "on=5"),
+        ({"on": int}, "on=<class 'int'>"),
+        ({"on": (ValueError, "OSError")}, "OSError"),
     ],
 )
 def test_values_out_of_range_are_refused(given_: dict[str, Any], says: str) -> None:

@@ -70,6 +70,11 @@ class Retry:
             raise PlanError(f"Retry(attempts={self.attempts!r})", "Give a whole number of further attempts, 0 or more")
         if isinstance(self.backoff, bool) or not isinstance(self.backoff, (int, float)) or not 0 <= self.backoff < inf:
             raise PlanError(f"Retry(backoff={self.backoff!r})", "Give seconds, 0 or more")
+        kinds = self.on if isinstance(self.on, tuple) else (self.on,)
+        if not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds) and (
+            isinstance(self.on, (type, tuple)) or not callable(self.on)
+        ):
+            raise PlanError(f"Retry(on={self.on!r})", "Give exception types, or a function of the exception")
 
     def repeats(self, error: BaseException, attempts: int) -> bool:
         """Whether an item that has been tried ``attempts`` times and got ``error`` is to be tried again."""
