@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -221,26 +221,40 @@ def test_an_interrupt_at_any_moment_of_a_call_leaves_nothing_running(
 
 
 @pytest.fixture
-def press_ctrl_c() -> Iterator[Callable[[], Coroutine[Any, Any, None]]]:
-    """Interrupts the main thread once. A signal that comes just before a thread goes to sleep on a lock wakes it only
-    with the next one, so it is sent until it is heard, as a person would."""
-    heard = threading.Event()
+def press_ctrl_c() -> Iterator[Callable[[], None]]:
+    """Interrupts the main thread, once: it must be heard, wherever that thread is at the time."""
 
-    def hear(number: int, frame: Any) -> None:
-        if not heard.is_set():
-            heard.set()
-            raise KeyboardInterrupt
-
-    async def press() -> None:
+    def press() -> None:
         main = threading.main_thread().ident
         assert main is not None
-        while not heard.is_set():
-            signal.pthread_kill(main, signal.SIGINT)
-            await asyncio.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, hear)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield press
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("handler", ["python", "user"])
+def test_a_handler_of_the_users_own_hears_ctrl_c_itself(handler: str, press_ctrl_c: Any) -> None:
+    seen: list[int] = []
+    mine = signal.default_int_handler if handler == "python" else lambda number, frame: seen.append(number)
+    before = signal.signal(signal.SIGINT, mine)
+
+    async def work() -> str:
+        press_ctrl_c()
+        await asyncio.sleep(0)
+        return "done"
+
+    try:
+        if handler == "python":
+            with pytest.raises(KeyboardInterrupt):
+                run_blocking(work)
+        else:
+            assert run_blocking(work) == "done"
+            assert seen == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("twin", ["collect", "for"])
@@ -250,7 +264,7 @@ def test_ctrl_c_while_waiting_cancels_and_waits_for_the_cleaning_up(twin: str, p
     async def source() -> AsyncIterator[int]:
         yield 1
         try:
-            await press_ctrl_c()
+            press_ctrl_c()
             await asyncio.Event().wait()
         finally:
             await asyncio.sleep(0)
@@ -269,7 +283,9 @@ def test_an_interrupted_for_delivers_each_output_once(press_ctrl_c: Any) -> None
         yield 1
         yield 2
         await handed.wait()
-        await press_ctrl_c()
+        while outlet._wanted is None:  # until the main thread waits
+            await asyncio.sleep(0)
+        press_ctrl_c()
         await asyncio.Event().wait()
 
     handed = asyncio.Event()

@@ -12,25 +12,26 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
-__all__ = ["Interrupts", "heard_on"]
+__all__ = ["BOTH", "Interrupts", "heard_on"]
 
-_HEARD = (signal.SIGINT, signal.SIGTERM)
+BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Calls ``heard`` with each SIGINT and SIGTERM, on the loop that listens; what stood before is restored on leaving.
+    """Calls ``heard`` with each of these signals, on the loop that listens; what stood before is restored on leaving.
 
     To be entered and left on the main thread. What comes when nobody listens (yet, or any more) isn't lost: it is
     heard when somebody does, or on leaving. Other signals go where they went before.
     """
 
-    def __init__(self, heard: Callable[[signal.Signals], None]) -> None:
+    def __init__(self, heard: Callable[[signal.Signals], None], numbers: Sequence[signal.Signals] = BOTH) -> None:
         self._heard = heard
+        self._numbers = numbers
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -38,17 +39,23 @@ class Interrupts:
         self._inward.setblocking(False)
         self._outward.setblocking(False)
         self._elsewhere = signal.set_wakeup_fd(self._outward.fileno(), warn_on_full_buffer=False)
-        for number in _HEARD:
-            self._handlers[number] = signal.signal(number, _leave_it)
+        try:
+            for number in self._numbers:
+                self._handlers[number] = signal.signal(number, _leave_it)
+        except BaseException:  # one came before the handlers were all in place, and the old one raised
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signal.set_wakeup_fd(self._elsewhere)
-        self._hear()
-        self._inward.close()
-        self._outward.close()
+        try:
+            for number, handler in self._handlers.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        finally:  # the handlers are back, and may raise
+            signal.set_wakeup_fd(self._elsewhere)
+            self._hear()
+            self._inward.close()
+            self._outward.close()
 
     def listen(self, loop: asyncio.AbstractEventLoop) -> None:
         """From now on ``heard`` is called on this loop, which is the running one."""
@@ -61,7 +68,7 @@ class Interrupts:
     def _hear(self) -> None:
         with suppress(BlockingIOError, InterruptedError):
             for number in self._inward.recv(4096):
-                if number in _HEARD:
+                if number in self._numbers:
                     self._heard(signal.Signals(number))
                 elif self._elsewhere >= 0:
                     with suppress(OSError):  # it is full, so it will be read anyway

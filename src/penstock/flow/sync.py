@@ -2,7 +2,8 @@
 
 A caller blocks until its coroutine has ended on that loop, whatever loop runs in its own thread: nothing is patched or
 nested. After a fork the child makes a loop of its own. On the main thread a Ctrl-C while waiting cancels the
-coroutine and waits for it to clean up before KeyboardInterrupt goes on.
+coroutine and waits for it to clean up before KeyboardInterrupt goes on. The background loop is what hears it: a
+handler in Python would run only when the main thread does, which may just have begun to wait.
 """
 
 from __future__ import annotations
@@ -104,6 +105,44 @@ def run_blocking(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
             "a _sync call would block the event loop that it waits for",
             "Await the async form here, or make the call in a thread: asyncio.to_thread, or a def stage",
         )
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a handler of the user's stays
+    if ours and threading.current_thread() is threading.main_thread():
+        return _wait_interruptibly(make)
+    return _wait(make)
+
+
+def _wait_interruptibly(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """On the main thread: the background loop hears Ctrl-C, and cancels the coroutine."""
+    at_work: list[asyncio.Task[Any]] = []
+    heard = False
+
+    def hear(_: signal.Signals) -> None:
+        nonlocal heard
+        heard = True
+        for task in at_work:
+            task.cancel()
+
+    async def listening() -> T:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        at_work.append(task)
+        interrupts.listen(loop)
+        try:
+            return await make()
+        finally:
+            at_work.clear()
+            interrupts.ignore(loop)
+
+    try:
+        with Interrupts(hear, (signal.SIGINT,)) as interrupts:
+            return _wait(listening)
+    finally:
+        if heard:
+            raise KeyboardInterrupt from None
+
+
+def _wait(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
     try:
         _submit(make, future)
