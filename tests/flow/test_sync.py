@@ -283,7 +283,7 @@ def test_an_interrupted_for_delivers_each_output_once(press_ctrl_c: Any) -> None
         yield 1
         yield 2
         await handed.wait()
-        while outlet._wanted is None:  # until the main thread waits
+        while outlet._wanted is None:  # noqa: ASYNC110  # until the main thread waits, which sets no event
             await asyncio.sleep(0)
         press_ctrl_c()
         await asyncio.Event().wait()
