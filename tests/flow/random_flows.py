@@ -8,7 +8,6 @@ it (dropped, failing for ever, failing at first, taking its time) follows from t
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import zlib
 from collections import Counter
@@ -24,6 +23,7 @@ import penstock as ps
 from penstock.errors import FailureBudgetExceeded, StageTimeout
 from penstock.flow.iterate import Outlet
 from penstock.flow.plan import make_plan
+from penstock.place.base import cores
 
 TIMEOUT = 5.0
 FATES = ("filtered", "skipped", "delivered", "dead")
@@ -78,7 +78,7 @@ class Stage:
             return self.ceiling
         if self.place == "loop":
             return 32
-        return 1 if self.verb == "map_batches" else os.cpu_count() or 1
+        return 1 if self.verb == "map_batches" else cores()
 
     def key(self, value: Any) -> int:
         assert self.keys is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-import os
 import pickle
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -21,8 +20,9 @@ from tests.flow.recorder import Recorder
 import penstock as ps
 from penstock.errors import PlanError
 from penstock.flow.stage import Batch, FlatMap, Map, MapBatches, Options, Take, Unbatch, Work
+from penstock.place.base import cores
 
-CORES = os.cpu_count() or 1
+CORES = cores()
 PLACES = ("loop", "thread", "process")
 
 

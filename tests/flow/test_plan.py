@@ -19,9 +19,9 @@ import penstock as ps
 from penstock.errors import PlanError
 from penstock.flow.plan import Plan, Segment, make_plan, plan_call, stage_takes
 from penstock.flow.stage import FlatMap, MapBatches, Stage, Work
-from penstock.place.base import KEEP, MAP, SPREAD, STREAM
+from penstock.place.base import KEEP, MAP, SPREAD, STREAM, cores
 
-CORES = os.cpu_count() or 1
+CORES = cores()
 DEADLINE = 60
 
 

@@ -60,7 +60,7 @@ class Outlet:
         while not channel.items:
             if channel.closed or run.ended:
                 run.outlet_closed()
-                await run.finish()
+                await run.wait()
                 return []
             self._wanted = run.loop.create_future()
             try:
@@ -68,7 +68,7 @@ class Outlet:
             finally:
                 self._wanted = None
         if run.ended and run.failed:
-            await run.finish()
+            await run.wait()
         return channel.take(most)
 
     def deliver(self, tasks: list[Task]) -> None:

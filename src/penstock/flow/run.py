@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import threading
 import time
@@ -44,7 +43,7 @@ from penstock.flow.progress import Progress
 from penstock.flow.reader import Reader
 from penstock.flow.report import ErrorLog, Report, build
 from penstock.flow.segment import Runner
-from penstock.place.base import Pool
+from penstock.place.base import Pool, cores
 from penstock.place.loop import clock_of
 
 __all__ = ["Run"]
@@ -95,6 +94,7 @@ class Run:
         self._began = self._finished_at = 0.0
         self._thread = 0
         self._computed_before = self._computed = 0.0
+        self._is_over = False
         self._last_report: Report | None = None
         self.on_end: Callable[[], None] = lambda: None
 
@@ -133,6 +133,11 @@ class Run:
 
         Cancelling it stops the run and returns when nothing of it is at work any more.
         """
+        await self.wait()
+        return self.report()
+
+    async def wait(self) -> None:
+        """Wait for the end, as ``finish`` does."""
         assert self._supervisor is not None, "finish() belongs inside 'async with job.start() as run'"
         try:
             await asyncio.shield(self._supervisor)
@@ -142,7 +147,6 @@ class Run:
             raise
         if self.failure is not None:
             raise self.failure
-        return self.report()
 
     def drain(self) -> None:
         """Take no more items; finish and commit what was taken. The run then ends by itself. From any thread."""
@@ -172,14 +176,14 @@ class Run:
         counts |= {"issued": ledger.issued, "released": ledger.released, "in_flight": ledger.open}
         counts["retried"] = ledger.retried
         elapsed = (self._finished_at or now) - self._began
-        if threading.get_ident() == self._thread:
+        if not self._is_over and threading.get_ident() == self._thread:
             self._computed = time.thread_time() - self._computed_before
         notes = list(self.notes)
         for pool in self._pools:
             abandoned = list(getattr(pool, "abandoned", ()))
             if abandoned:
                 notes.append(f"threads that hang past their timeout: {', '.join(abandoned)}")
-        return build(
+        report = build(
             name=self.plan.name,
             counts=counts,
             elapsed=elapsed,
@@ -191,9 +195,12 @@ class Run:
             notes=notes,
             source=self.plan.source.identity if self.plan.source is not None else "the callers",
             sink=self.plan.sink.identity if self.plan.sink is not None else None,
-            cores=os.cpu_count() or 1,
+            cores=cores(),
             loop_busy=min(1.0, self._computed / elapsed) if elapsed > 0 else 0.0,
         )
+        if self._is_over:
+            self._last_report = report
+        return report
 
     # -- what segments do -------------------------------------------------------------------------------------------
 
@@ -252,7 +259,8 @@ class Run:
                 restore()
             self.ended = True
             self._finished_at = self.clock()
-            self._last_report = self.report()
+            self._computed = time.thread_time() - self._computed_before
+            self._is_over = True
             self.on_end()
             if not self._opened.done():
                 self._opened.set_result(None)

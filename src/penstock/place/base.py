@@ -32,10 +32,12 @@ The contract, in numbered prose. If an implementation is inconsistent with it, t
 from __future__ import annotations
 
 import inspect
+import os
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -65,6 +67,7 @@ __all__ = [
     "Step",
     "Task",
     "bind",
+    "cores",
     "is_async",
     "outside",
     "per_worker",
@@ -262,6 +265,12 @@ async def spread_async(step: str, result: Any) -> list[Any]:
     return outputs
 
 
+@cache
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Outside:
     """How many tasks are with threads and processes now, in this process.
 
@@ -313,6 +322,16 @@ class Pool(ABC):
     @abstractmethod
     def in_progress(self) -> int:
         """How many tasks are being worked on at this instant: never more than ``workers``."""
+
+    @property
+    def backlog(self) -> int:
+        """How many tasks wait inside, beyond what keeps the workers busy."""
+        return 0
+
+    @property
+    def held_back(self) -> bool:
+        """Whether tasks wait though workers are free, because something else doesn't let them start."""
+        return False
 
     def withdraw(self, task: Task) -> bool:
         """Forget a task that waits without a worker; False if it is at work, was, or can't be got back."""

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import Any
 
 import penstock
-from penstock.place.base import Task
+from penstock.place.base import Task, cores
 from penstock.place.shm import Arena, Window, create
 from penstock.place.wire import Delivery, Inbox, Postbox
 
@@ -49,13 +49,9 @@ _READ = 65536
 
 def environment(workers: int) -> dict[str, str]:
     """The environment of a worker: numeric libraries share the cores, and this penstock is the one that is found."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
     given = dict(os.environ)
     for name in _THREADS:
-        given.setdefault(name, str(max(1, cores // workers)))
+        given.setdefault(name, str(max(1, cores() // workers)))
     root = os.path.dirname(os.path.dirname(os.path.abspath(penstock.__file__)))
     if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         given["PYTHONPATH"] = os.pathsep.join(filter(None, (root, given.get("PYTHONPATH"))))

@@ -1,7 +1,9 @@
 """Exceptions between processes: as themselves, with the traceback they had there; else as the best likeness.
 
 An exception is frozen where it was raised, with its name, message and traceback in words beside its pickle, so that
-one whose pickle can't be made or read still arrives: as a ``RuntimeError`` of the same class name and message.
+one whose pickle can't be made or read still arrives: as a ``RuntimeError`` of the same class name and message. What
+plain values it had as attributes come along, and the status and headers of the response it may hold: an SDK's errors
+seldom survive pickling, and a limit has to learn from them all the same.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+from contextlib import suppress
 from traceback import format_exception, format_exception_only
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from penstock.errors import CannotSend
@@ -18,8 +21,11 @@ from penstock.place.pickling import dumps, received
 
 __all__ = ["FrozenError", "freeze_error", "in_words", "refusal", "thaw_error"]
 
-FrozenError = tuple[bytes | None, str, str, str]
-"""Pickle or None, class name, message, traceback and where it was raised."""
+FrozenError = tuple[bytes | None, str, str, str, dict[str, Any]]
+"""Pickle or None, class name, message, traceback and where it was raised, plain attributes."""
+
+_PLAIN = (str, int, float, bool)
+_LONGEST = 4096
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -34,7 +40,25 @@ def freeze_error(error: BaseException) -> FrozenError:
         message = str(error)
     except Exception:  # a __str__ of the user's
         message = ""
-    return pickled, type(error).__name__, message, f"In worker process {os.getpid()}:\n{_story(error)}"
+    text = f"In worker process {os.getpid()}:\n{_story(error)}"
+    return pickled, type(error).__name__, message, text, _attributes(error)
+
+
+def _attributes(error: BaseException) -> dict[str, Any]:
+    """What of an exception's attributes always travels."""
+    found: dict[str, Any] = {
+        name: value
+        for name, value in getattr(error, "__dict__", {}).items()
+        if name != "response" and type(value) in _PLAIN and len(str(value)) <= _LONGEST
+    }
+    try:
+        response: Any = getattr(error, "response")  # noqa: B009  # by this name nearly every SDK has it
+        headers = {str(name): str(value) for name, value in dict(response.headers).items()}
+        status = getattr(response, "status_code", None) or response.status
+        found["response"] = {"status_code": int(status), "headers": headers}
+    except Exception:  # there is none, or it is of some other kind
+        pass
+    return found
 
 
 def _story(error: BaseException) -> str:
@@ -67,7 +91,7 @@ def refusal(stage: str, value: Any, error: Exception, where: str = "") -> Cannot
 
 def thaw_error(frozen: FrozenError) -> BaseException:
     """The exception, with its remote traceback as a note."""
-    pickled, name, message, text = frozen
+    pickled, name, message, text, attributes = frozen
     error: BaseException | None = None
     if pickled is not None:
         try:
@@ -76,6 +100,10 @@ def thaw_error(frozen: FrozenError) -> BaseException:
             pass
     if not isinstance(error, BaseException):
         error = _likeness(name)(message)
+    for attribute, value in attributes.items():
+        if not hasattr(error, attribute):
+            with suppress(Exception):  # it may be a property, or there may be slots
+                setattr(error, attribute, SimpleNamespace(**value) if attribute == "response" else value)
     error.add_note(text)
     return error
 
