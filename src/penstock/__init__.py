@@ -14,18 +14,28 @@ if TYPE_CHECKING:
     from penstock.files import read, write
     from penstock.flow.contract import Failed
     from penstock.flow.flow import Flow, Job
+    from penstock.flow.limit import Limit
     from penstock.flow.report import Report
     from penstock.flow.retry import Retry
+    from penstock.net.fetch import fetch
+    from penstock.net.fetched import Fetched
+    from penstock.net.request import Request
+    from penstock.net.timing import Timeout
     from penstock.place.base import per_worker, worker_index
 
 __all__ = [
     "Failed",
+    "Fetched",
     "Flow",
     "Job",
+    "Limit",
     "Report",
+    "Request",
     "Retry",
+    "Timeout",
     "__version__",
     "errors",
+    "fetch",
     "per_worker",
     "read",
     "testing",
@@ -37,11 +47,16 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Failed": "penstock.flow.contract:Failed",
+    "Fetched": "penstock.net.fetched:Fetched",
     "Flow": "penstock.flow.flow:Flow",
     "Job": "penstock.flow.flow:Job",
+    "Limit": "penstock.flow.limit:Limit",
     "Report": "penstock.flow.report:Report",
+    "Request": "penstock.net.request:Request",
     "Retry": "penstock.flow.retry:Retry",
+    "Timeout": "penstock.net.timing:Timeout",
     "errors": "penstock.errors",
+    "fetch": "penstock.net.fetch:fetch",
     "per_worker": "penstock.place.base:per_worker",
     "read": "penstock.files.read",
     "testing": "penstock.testing",

@@ -19,6 +19,7 @@ __all__ = [
     "DecodeError",
     "ExpansionTooLarge",
     "FailureBudgetExceeded",
+    "FetchError",
     "ForeignOutput",
     "IdError",
     "JournalError",
@@ -32,6 +33,7 @@ __all__ = [
     "ResumeMismatch",
     "SourceExhausted",
     "StageTimeout",
+    "Throttled",
     "WorkerDied",
     "WriteFailed",
     "WrongLoop",
@@ -48,6 +50,9 @@ class PenstockError(Exception):
     ...     print(type(error).__name__)
     PlanError
     """
+
+    stops_run = False
+    """Whether every other item would meet the same, so that the run ends whatever ``on_error`` says."""
 
 
 class PlanError(PenstockError, ValueError):
@@ -115,6 +120,21 @@ class StageTimeout(PenstockError, TimeoutError):
 
     def __str__(self) -> str:
         return f"stage {self.stage!r}: an attempt took longer than its timeout of {self.seconds:g} s"
+
+
+class Throttled(PenstockError, RuntimeError):
+    """What ``stage`` calls answered "too many requests" for ``seconds``, without one success between."""
+
+    def __init__(self, stage: str, seconds: float) -> None:
+        super().__init__(stage, seconds)
+        self.stage = stage
+        self.seconds = seconds
+
+    def __str__(self) -> str:
+        return (
+            f"stage {self.stage!r}: for {self.seconds / 60:g} minutes every call was refused as too many. "
+            "Look whether the quota is used up, and run the job again when there is some: what is done stays done"
+        )
 
 
 class AbandonedThreads(PenstockError, RuntimeError):
@@ -400,3 +420,39 @@ class OutputRejected(PenstockError, ValueError):
     def __str__(self) -> str:
         first: Any = self.rejected[0][1] if self.rejected else "none"
         return f"{len(self.rejected)} outputs were refused; the first: {first}"
+
+
+class FetchError(PenstockError, OSError):
+    """A fetch of ``url`` failed: ``reason`` is the kind, a word of a closed set, and ``detail`` what happened.
+
+    ``reason``: ``dns connect tls timeout throttled status decode too_big blocked``. ``url`` shows no credentials.
+    ``status`` (also ``status_code``) and ``headers`` are the answer's, if there was one. ``retryable``: another attempt
+    may succeed and does no harm. ``stops_run``: every other item would fail the same way.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        reason: str,
+        detail: str = "",
+        status: int | None = None,
+        headers: dict[str, str] | None = None,
+        retryable: bool = False,
+        stops_run: bool = False,
+    ) -> None:
+        super().__init__(url, reason, detail, status, headers, retryable, stops_run)
+        self.url = url
+        self.reason = reason
+        self.detail = detail
+        self.status = status
+        self.headers = headers or {}
+        self.retryable = retryable
+        self.stops_run = stops_run
+
+    @property
+    def status_code(self) -> int | None:
+        """The status, under the name that most clients give it."""
+        return self.status
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.url}: {self.detail}"

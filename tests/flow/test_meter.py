@@ -12,6 +12,7 @@ from penstock.flow.meter import (
     BLOCKED_HEAD,
     BLOCKED_OUTPUT,
     BUSY,
+    HELD,
     WAITING_INPUT,
     Histogram,
     SegmentMeter,
@@ -137,20 +138,32 @@ def test_a_first_item_that_takes_long_shows_as_busy() -> None:
 
 def test_idle_time_goes_to_the_state_it_was_spent_in() -> None:
     segment = segment_of(1)
-    for state, now in ((BUSY, 1.0), (BLOCKED_OUTPUT, 2.0), (BLOCKED_HEAD, 6.0), (WAITING_INPUT, 9.0)):
+    for state, now in ((BUSY, 1.0), (BLOCKED_OUTPUT, 2.0), (BLOCKED_HEAD, 6.0), (HELD, 9.0), (WAITING_INPUT, 9.2)):
         segment.set_state(state, now)
         segment.set_state(state, now + 0.5)  # no change, and so no effect
     shares = segment.shares(10.0)
-    assert shares == pytest.approx((0.0, 0.2, 0.4, 0.3))
+    assert shares == pytest.approx((0.0, 0.18, 0.4, 0.3, 0.02))
 
 
 def test_no_time_no_shares() -> None:
-    assert segment_of(1, started=5.0).shares(5.0) == (0.0, 0.0, 0.0, 0.0)
+    assert segment_of(1, started=5.0).shares(5.0) == (0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def test_a_ceiling_that_changes_counts_by_the_time_it_held() -> None:
+    segment = segment_of(1, ceiling=2)
+    segment.set_ceiling(10, 10.0)  # 20 seconds of work were to be had
+    segment.set_ceiling(4, 13.0)  # and 30 more
+    segment.first.taken = 15
+    segment.passed(15)
+    segment.add_samples(0, [2.0])
+    assert segment.capacity(15.0) == 58.0
+    assert segment.shares(15.0).busy == pytest.approx(30 / 58)
+    assert segment.first.ceiling == 4
 
 
 @given(
     st.integers(1, 32),
-    st.lists(st.tuples(st.integers(0, 3), st.floats(0.001, 10)), min_size=1, max_size=20),
+    st.lists(st.tuples(st.integers(0, 4), st.floats(0.001, 10)), min_size=1, max_size=20),
     st.floats(0, 100),
     st.integers(0, 1000),
 )

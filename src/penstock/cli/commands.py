@@ -25,6 +25,7 @@ def application() -> typer.Typer:
     )
     app.callback()(_main)
     app.command("run")(_run)
+    app.command("fetch")(_fetch)
     app.command("dead")(_dead)
     app.command("torture")(_torture)
     return app
@@ -59,6 +60,39 @@ def _run(
     from penstock.cli.run import run_target
 
     raise typer.Exit(run_target(target, to=to, fresh=fresh, inline=inline, progress=False if no_progress else None))
+
+
+def _fetch(
+    urls: Annotated[str, typer.Argument(metavar="URLS.txt", help="A file with a URL a line; - for standard input.")],
+    to: Annotated[str, typer.Option(metavar="SINK", help="Where the pages go, by suffix.")],
+    limit: Annotated[str | None, typer.Option(metavar="N/min|N/s", help="The most requests in a time.")] = None,
+    per_host: Annotated[bool, typer.Option("--per-host", help="The limit holds for each host by itself.")] = False,
+    retry: Annotated[int | None, typer.Option(min=0, help="Further attempts after a failure. [default: 4]")] = None,
+    timeout: Annotated[float | None, typer.Option(help="The most seconds for one attempt.")] = None,
+    save_to: Annotated[str | None, typer.Option(metavar="DIR", help="Put the bodies into files there.")] = None,
+    allow_private: Annotated[
+        bool, typer.Option("--allow-private", help="Fetch from addresses of private networks and this machine, too.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard the output and its progress first.")] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Show no progress.")] = False,
+) -> None:
+    """Fetch a list of URLs, as fast as their hosts allow; run again after a crash, it goes on where it was."""
+    from penstock.cli.fetch import fetch_list
+
+    raise typer.Exit(
+        fetch_list(
+            urls,
+            to,
+            limit=limit,
+            per_host=per_host,
+            retry=retry,
+            timeout=timeout,
+            save_to=save_to,
+            allow_private=allow_private,
+            fresh=fresh,
+            progress=False if no_progress else None,
+        )
+    )
 
 
 def _dead(

@@ -2,7 +2,8 @@
 
 The evidence is where capacity went. A stage is the bottleneck when it is busy: then what comes before it is blocked
 on output, and what comes after waits for input. If no stage is busy, the idle ones say why: the first waits for the
-source, the last is blocked by the sink, an ordered one stands behind its slowest item. Whichever share is greatest
+source, the last is blocked by the sink, an ordered one stands behind its slowest item, one with a limit isn't
+allowed to go faster. Whichever share is greatest
 holds the run up; if all are small, it is the runtime's own work, on the event loop, that is left.
 """
 
@@ -25,7 +26,7 @@ _SATURATED = 0.85
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """What holds a run up: ``reason`` is one of ``busy``, ``source``, ``sink``, ``order``, ``loop``, ``none``.
+    """What holds a run up: ``reason`` is one of ``busy source sink order limit loop none``.
 
     ``stage`` names the stage to fix (None where it is no stage), ``share`` the share of its capacity that says so,
     ``gain`` what one more worker would give, as a share of the rate (0.25: a quarter more items a second; 0 where a
@@ -62,12 +63,14 @@ def find(
         return Bottleneck("none", "The flow has no stage: reading and writing take all its time.")
     busiest, most = max(segments, key=lambda pair: pair[1].busy)
     headed, behind = max(segments, key=lambda pair: pair[1].head)
+    limited, held = max(segments, key=lambda pair: pair[1].held)
     first, last = segments[0], segments[-1]
     evidence = {
         "busy": most.busy,
         "sink": max(last[1].blocked, writing),
         "source": first[1].waiting,
         "order": behind.head,
+        "limit": held.held,
     }
     reason = max(evidence, key=evidence.__getitem__)  # of equals the first: a busy stage before an idle one
     share = evidence[reason]
@@ -97,6 +100,15 @@ def find(
             who = f"writing to {sink}" if sink else "the code that takes the results"
             said = f"{last[0].last.name!r} waits {percent(share)} of the time for {who}"
         return Bottleneck("sink", f"The output limits: {said}. More workers would give nothing.", share=share)
+    if reason == "limit":
+        name = limited.first.name
+        return Bottleneck(
+            "limit",
+            f"The limit holds: {name!r} waits {percent(share)} of the time for what it is allowed. More workers would "
+            "give nothing; a higher quota would.",
+            stage=name,
+            share=share,
+        )
     name = _busiest(headed, now).name
     return Bottleneck(
         "order",
@@ -114,6 +126,15 @@ def _busiest(segment: SegmentMeter, now: float) -> StageMeter:
 def _busy(segment: SegmentMeter, busy: float, next_busy: float, pace: float, now: float, cores: int) -> Bottleneck:
     """One more worker raises the rate by 1 / ceiling, until the next busiest part has all it can do."""
     stage = _busiest(segment, now)
+    if segment.searched:
+        return Bottleneck(
+            "busy",
+            f"The stage to fix is {stage.name!r}: {segment.ceiling} calls at once, the number that was found best, are "
+            f"{percent(busy)} busy at {duration(stage.service_total / max(1, stage.sampled))} a call. "
+            "What it calls would have to answer sooner, or more at once.",
+            stage=stage.name,
+            share=busy,
+        )
     gain = 1 / segment.ceiling
     bound_by_next = next_busy > 0 and busy / next_busy - 1 < gain
     if bound_by_next:

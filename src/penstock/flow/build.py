@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from penstock.flow.batching import BatchRunner, BatchSegment
@@ -113,7 +114,15 @@ def _make(
         )
         if first_whole:
             built.pump_gate = runner.pump
-    runner.connect(_pool_class(segment.place, inline), chain)
+    pool = _pool_class(segment.place, inline)
+    options = stage.options
+    if options.gated:
+        from penstock.flow.gate import Gate
+
+        gate = partial(Gate, inner=pool, limit=options.limit, auto=options.auto, site=options.site, meter=meter)
+        runner.connect(gate, chain)
+    else:
+        runner.connect(pool, chain)
     built.pools.append(runner.pool)
     return runner
 

@@ -182,6 +182,10 @@ def stuck(report: Report) -> str:
     ordered = next((stage for stage in stages if "order" in stage.state), None)
     if ordered is not None:
         return f"{ordered.name!r} waits for the oldest item of its ordered window, which is waiting to be retried"
+    held = next((stage for stage in stages if stage.state.startswith("held")), None)
+    if held is not None:
+        refused = f", having been refused {number(held.throttled)} times" if held.throttled else ""
+        return f"{held.name!r} waits for its limit{refused}"
     count = report.in_flight
     return f"{number(count)} items wait to be retried, for their batch to fill, or to be committed"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from penstock.errors import FailureBudgetExceeded, StageTimeout, WorkerDied
+from penstock.errors import FailureBudgetExceeded, FetchError, PenstockError, StageTimeout, Throttled, WorkerDied
 from penstock.flow.contract import Failed
 from penstock.flow.ledger import positions_of
 from penstock.flow.memory import position_of
@@ -49,7 +49,15 @@ def reason_of(error: BaseException) -> str:
         return "timeout"
     if isinstance(error, WorkerDied):
         return "worker died"
+    if isinstance(error, Throttled):
+        return "throttled"
+    if isinstance(error, FetchError):
+        return error.reason
     return type(error).__name__
+
+
+def _stops_run(error: BaseException) -> bool:
+    return isinstance(error, PenstockError) and error.stops_run
 
 
 class Policy:
@@ -91,7 +99,7 @@ class Policy:
             error = WorkerDied(self.stage, error, short(task.value))
         stage, attempts = self._tries.pop(id(task), (self.stage, 0))
         attempts = attempts + 1 if stage == self.stage else 1
-        if self.retry is not None and self.retry.repeats(error, attempts):
+        if self.retry is not None and not _stops_run(error) and self.retry.repeats(error, attempts):
             self._tries[id(task)] = (self.stage, attempts)
             self.meter.retried += 1
             return Verdict(RETRY, error, self.retry.delay(attempts))
@@ -103,7 +111,7 @@ class Policy:
         reason = reason_of(error)
         self.meter.failed += 1
         self.errors.add(self.stage, reason, str(error), position)
-        if self.end == RAISE or not isinstance(error, Exception):
+        if self.end == RAISE or not isinstance(error, Exception) or _stops_run(error):
             tried = f", tried {attempts} times" if attempts > 1 else ""
             error.add_note(f"at stage {self.stage!r}, {position_of(position)}{tried}: {short(value)}")
             return Verdict(RAISE, error)

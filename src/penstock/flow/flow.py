@@ -53,7 +53,7 @@ class Flow(Generic[T]):
     unbound, to be given a source by ``over`` or to serve live calls by ``open``. ``name``: names the source, and so
     the job, across runs. ``id``: a field's name or a function that gives each item an id of its own; progress is then
     kept by ids, so that a re-exported or reordered input can be resumed. All other parameters are defaults for every
-    stage: ``place concurrency workers ordered retry timeout on_error max_failures``.
+    stage: ``place concurrency workers ordered limit retry timeout on_error max_failures``.
 
     A flow is immutable: each verb returns a new flow, and one flow can be run any number of times.
 
@@ -61,7 +61,11 @@ class Flow(Generic[T]):
 
     - ``place``: ``"loop"``, ``"thread"`` or ``"process"``. Default: an ``async def`` on the loop, a ``def`` in threads.
     - ``concurrency``: items in progress at once on the loop (32). ``workers``: threads or processes (cores; 1 with
-      ``per_worker`` or ``map_batches``). Never exceeded.
+      ``per_worker`` or ``map_batches``). Never exceeded. ``concurrency="auto"``, also in threads, finds how many give
+      the most: up to 1,024 on the loop, 64 threads (or ``workers``).
+    - ``limit``: a ``Limit``, how many calls may start a second or a minute. With it or ``concurrency="auto"``, a call
+      that is answered with "too many requests" (429, as an exception or a result, of any SDK) waits as long as it was
+      told and starts again; that costs no ``retry``. After ten minutes without one success it fails as ``throttled``.
     - ``ordered``: outputs in the order of the input (True), or as they complete.
     - ``key``: a function of an item. Items of one key are worked on one after the other, in order; keys in parallel.
     - ``retry``: further attempts after a failure, or a ``Retry``. ``timeout``: seconds for one attempt.

@@ -9,15 +9,17 @@ All of this stands in the path of about a microsecond an item, so nothing here i
 - Service times are sampled by the places; ``segment.add_samples(entry, seconds)`` is called for those tasks alone.
 - ``segment.set_state(state, now)`` is called when a segment's state changes, with a time the run has anyway.
 
-What a segment is doing has one of four states, by the first that holds:
+What a segment is doing has one of five states, by the first that holds:
 
-1. BUSY: every one of its workers has an item, or it has items and is free to hand them out.
-2. BLOCKED_HEAD: a worker is free, and the window of an ordered segment is full behind an item that isn't done.
-3. BLOCKED_OUTPUT: a worker is free, and what comes after the segment takes nothing more.
-4. WAITING_INPUT: a worker is free, and there is no item for it.
+1. HELD: a worker is free, and there are items that a limit doesn't let start yet.
+2. BUSY: every one of its workers has an item, or it has items and is free to hand them out.
+3. BLOCKED_HEAD: a worker is free, and the window of an ordered segment is full behind an item that isn't done.
+4. BLOCKED_OUTPUT: a worker is free, and what comes after the segment takes nothing more.
+5. WAITING_INPUT: a worker is free, and there is no item for it.
 
 *Busy* is not read off the state, for a stage with one of 32 coroutines at work is 3 % busy. It is the sampled mean
-of the service time × calls / (elapsed × ceiling). The rest of the capacity is idle, and the states say why.
+of the service time × calls / (elapsed × ceiling). The rest of the capacity is idle, and the states say why. A ceiling
+that is searched for changes while the run goes: the capacity is then what the ceilings came to over the time.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ __all__ = [
     "BLOCKED_HEAD",
     "BLOCKED_OUTPUT",
     "BUSY",
+    "HELD",
     "WAITING_INPUT",
     "Histogram",
     "SegmentMeter",
@@ -37,7 +40,7 @@ __all__ = [
     "StageMeter",
 ]
 
-WAITING_INPUT, BUSY, BLOCKED_OUTPUT, BLOCKED_HEAD = range(4)
+WAITING_INPUT, BUSY, BLOCKED_OUTPUT, BLOCKED_HEAD, HELD = range(5)
 
 _SHORTEST = 1e-6
 _LONGEST = 1e5
@@ -106,9 +109,9 @@ class StageMeter:
     """The counters of one stage; ``place`` and ``ceiling`` are what the plan says of it.
 
     ``taken`` and ``emitted`` count its items in and out, ``failed`` those given up for good, ``retried`` repeated
-    attempts, ``in_progress`` the items in its workers' hands (of fused stages: kept at the first, or set there from
-    the pool before a report). ``calls`` is bumped where a call takes other
-    than one item (a batch): service times are times of calls.
+    attempts, ``throttled`` those that were refused as too many and cost no attempt, ``in_progress`` the items in its
+    workers' hands (of fused stages: kept at the first, or set there from the pool before a report). ``calls`` is
+    bumped where a call takes other than one item (a batch): service times are times of calls.
     """
 
     __slots__ = (
@@ -124,6 +127,7 @@ class StageMeter:
         "service",
         "service_total",
         "taken",
+        "throttled",
     )
 
     def __init__(self, name: str, place: str, ceiling: int) -> None:
@@ -134,6 +138,7 @@ class StageMeter:
         self.emitted = 0
         self.failed = 0
         self.retried = 0
+        self.throttled = 0
         self.in_progress = 0
         self.calls = 0
         self.service = Histogram()
@@ -150,7 +155,7 @@ class StageMeter:
         """Seconds of service so far, all workers together, reckoned from the samples."""
         if not self.sampled:
             return 0.0
-        calls = self.calls or self.taken + self.retried - self.in_progress
+        calls = self.calls or self.taken + self.retried + self.throttled - self.in_progress
         return self.service_total / self.sampled * max(calls, self.sampled)
 
 
@@ -161,15 +166,29 @@ class Shares(NamedTuple):
     waiting: float
     blocked: float
     head: float
+    held: float = 0.0
 
 
 class SegmentMeter:
     """The stages of one segment, which share ``ceiling`` workers, and what the segment spends its time on.
 
-    ``started`` is the time of its start by the run's clock; every ``now`` is by the same clock.
+    ``started`` is the time of its start by the run's clock; every ``now`` is by the same clock. ``searched``: the
+    ceiling is found out while the run goes.
     """
 
-    __slots__ = ("_since", "_spent", "ceiling", "first", "last", "stages", "started", "state")
+    __slots__ = (
+        "_capacity",
+        "_changed",
+        "_since",
+        "_spent",
+        "ceiling",
+        "first",
+        "last",
+        "searched",
+        "stages",
+        "started",
+        "state",
+    )
 
     def __init__(self, stages: Sequence[StageMeter], ceiling: int, started: float) -> None:
         self.stages = list(stages)
@@ -177,9 +196,11 @@ class SegmentMeter:
         self.last = self.stages[-1]
         self.ceiling = ceiling
         self.started = started
+        self.searched = False
         self.state = WAITING_INPUT
-        self._since = started
-        self._spent = [0.0, 0.0, 0.0, 0.0]
+        self._since = self._changed = started
+        self._capacity = 0.0
+        self._spent = [0.0, 0.0, 0.0, 0.0, 0.0]
 
     def set_state(self, state: int, now: float) -> None:
         """The segment is in this state from now on. Costs a comparison if it was already."""
@@ -187,6 +208,19 @@ class SegmentMeter:
             self._spent[self.state] += now - self._since
             self._since = now
             self.state = state
+
+    def set_ceiling(self, ceiling: int, now: float) -> None:
+        """So many workers may have an item from now on."""
+        if ceiling != self.ceiling:
+            self._capacity = self.capacity(now)
+            self._changed = now
+            self.ceiling = ceiling
+            for stage in self.stages:
+                stage.ceiling = ceiling
+
+    def capacity(self, now: float) -> float:
+        """Seconds of work that the workers had to give, until now."""
+        return self._capacity + (now - self._changed) * self.ceiling
 
     def passed(self, items: int, entry: int = 0, outputs: int | None = None) -> None:
         """So many items went from stage ``entry`` (by number) through the last; ``outputs``: if it emitted more."""
@@ -217,7 +251,7 @@ class SegmentMeter:
 
     def busy(self, stage: StageMeter, now: float) -> float:
         """The share of the segment's capacity that one of its stages used."""
-        capacity = (now - self.started) * self.ceiling
+        capacity = self.capacity(now)
         if not stage.sampled:
             return min(1.0, stage.in_progress / self.ceiling)
         return min(1.0, stage.worked() / capacity) if capacity > 0 else 0.0
@@ -230,10 +264,8 @@ class SegmentMeter:
         busy = min(1.0, sum(self.busy(stage, now) for stage in self.stages))
         spent = list(self._spent)
         spent[self.state] += now - self._since
-        waiting, blocked, head = (spent[state] / elapsed for state in (WAITING_INPUT, BLOCKED_OUTPUT, BLOCKED_HEAD))
         idle = 1.0 - busy
-        known = waiting + blocked + head
-        if known > idle:  # while one worker waits, others of the segment may be at work
-            scale = idle / known
-            waiting, blocked, head = waiting * scale, blocked * scale, head * scale
-        return Shares(busy, waiting, blocked, head)
+        known = (elapsed - spent[BUSY]) / elapsed
+        scale = idle / known if known > idle else 1.0  # while one worker waits, others of the segment may be at work
+        states = (WAITING_INPUT, BLOCKED_OUTPUT, BLOCKED_HEAD, HELD)
+        return Shares(busy, *(scale * spent[state] / elapsed for state in states))

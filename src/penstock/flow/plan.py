@@ -25,6 +25,7 @@ from penstock.flow.stage import (
     Work,
     code_digest,
     describe,
+    pacing,
 )
 from penstock.place.base import KEEP, MAP, SPREAD, STREAM, Chain, Step
 
@@ -136,15 +137,17 @@ def _placement(segment: Segment) -> str:
     if not segment.works:
         return "between workers"
     count, place = segment.ceiling, segment.place
+    options = segment.works[0].options
+    most = "up to " if options.auto else ""
     what = {
-        "loop": f"on the event loop, {count} at once",
-        "thread": f"in threads, {count} worker{'s' * (count != 1)}",
-        "process": f"in processes, {count} worker{'s' * (count != 1)}",
+        "loop": f"on the event loop, {most}{count} at once",
+        "thread": f"in threads, {most}{count} worker{'s' * (count != 1)}",
+        "process": f"in processes, {most}{count} worker{'s' * (count != 1)}",
     }[place]
     order = "ordered" if segment.ordered else "unordered"
-    if segment.works[0].options.key is not None:
+    if options.key is not None:
         order = "in order within a key"
-    return f"{what}, {order}"
+    return ", ".join(filter(None, (what, order, pacing(options))))
 
 
 def make_plan(flow: Flow[Any], job: Job | None) -> Plan:
@@ -236,7 +239,7 @@ def _fuses(segment: Segment, stage: Stage) -> bool:
     for one in (before, stage):
         if not isinstance(one, Work) or isinstance(one, MapBatches):
             return False
-        if one.options.named or one.options.key is not None:
+        if one.options.named or one.options.gated or one.options.key is not None:
             return False
         if isinstance(one, FlatMap) and (one is before or not one.whole):
             return False

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from penstock.flow.bottleneck import Bottleneck, find
-from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, WAITING_INPUT, SegmentMeter
+from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, HELD, WAITING_INPUT, SegmentMeter
 from penstock.flow.progress import Position
 from penstock.flow.text import WIDTH, compact, duration, number, percent, rate, table, wrapped
 
@@ -27,6 +27,7 @@ _STATES = {
     BUSY: "busy",
     BLOCKED_OUTPUT: "blocked on output",
     BLOCKED_HEAD: "blocked by the order",
+    HELD: "held by the limit",
 }
 
 
@@ -34,10 +35,11 @@ _STATES = {
 class StageReport:
     """One stage: what went in and out, and where its capacity went.
 
-    ``taken`` and ``emitted`` count its items. ``busy``, ``waiting`` (for input), ``blocked`` (on output) and
-    ``head`` (behind the slowest item of an ordered window) are shares of elapsed time × ``ceiling``; of fused
-    stages, which share workers, all but ``busy`` are the same. ``p50`` and ``p99``: seconds of service a call, 0
-    where none was timed. ``state``: what it does now. Stages of one ``segment`` are fused.
+    ``taken`` and ``emitted`` count its items. ``busy``, ``waiting`` (for input), ``blocked`` (on output), ``head``
+    (behind the slowest item of an ordered window) and ``held`` (back by a limit) are shares of elapsed time ×
+    ``ceiling``; of fused stages, which share workers, all but ``busy`` are the same. ``p50`` and ``p99``: seconds of
+    service a call, 0 where none was timed. ``throttled``: attempts refused as too many. ``state``: what it does now.
+    Stages of one ``segment`` are fused.
     """
 
     name: str
@@ -56,6 +58,8 @@ class StageReport:
     in_progress: int = 0
     state: str = ""
     segment: int = 0
+    held: float = 0.0
+    throttled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +240,8 @@ def _rows(at: int, segment: SegmentMeter, now: float) -> list[StageReport]:
             in_progress=stage.in_progress,
             state=_STATES[segment.state],
             segment=at,
+            held=shares.held,
+            throttled=stage.throttled,
         )
         for stage in segment.stages
     ]
@@ -270,23 +276,25 @@ def _counts(report: Report) -> str:
 
 def _stage_table(stages: Sequence[StageReport]) -> list[str]:
     ordered = any(stage.head >= _WORTH_A_COLUMN for stage in stages)
-    heads = ["stage", "place", "in", "out", "busy", "waiting", "blocked", *["order"] * ordered, "p50", "p99"]
+    held = any(stage.held >= _WORTH_A_COLUMN for stage in stages)
+    heads = ["stage", "place", "in", "out", "busy", "waiting", "blocked"]
+    heads += [*["order"] * ordered, *["limit"] * held, "p50", "p99"]
     rows = []
     for stage in stages:
         place = stage.place if stage.place == "sink" else f"{stage.place} × {stage.ceiling}"
         row = [stage.name, place, compact(stage.taken), compact(stage.emitted)]
         row += [percent(stage.busy), percent(stage.waiting), percent(stage.blocked)]
         row += [percent(stage.head)] * ordered
+        row += [percent(stage.held)] * held
         row += [duration(stage.p50) if stage.p50 else "-", duration(stage.p99) if stage.p99 else "-"]
         rows.append(row)
-    troubled = [stage for stage in stages if stage.failed or stage.retried]
+    troubled = [stage for stage in stages if stage.failed or stage.retried or stage.throttled]
     return table(heads, rows) + [line for stage in troubled for line in _trouble(stage)]
 
 
 def _trouble(stage: StageReport) -> list[str]:
-    parts = [
-        f"{number(count)} {what}" for what, count in (("failed", stage.failed), ("retried", stage.retried)) if count
-    ]
+    counts = {"failed": stage.failed, "retried": stage.retried, "throttled": stage.throttled}
+    parts = [f"{number(count)} {what}" for what, count in counts.items() if count]
     return wrapped(f"{stage.name}: {', '.join(parts)}", "  ", "  ")
 
 

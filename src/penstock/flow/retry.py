@@ -16,6 +16,7 @@ from penstock.errors import (
     DecodeError,
     ExpansionTooLarge,
     PlanError,
+    Throttled,
 )
 
 __all__ = ["NEVER_RETRIED", "Retry", "as_retry"]
@@ -37,6 +38,7 @@ NEVER_RETRIED: tuple[type[BaseException], ...] = (
     BatchMismatch,
     ExpansionTooLarge,
     AbandonedThreads,
+    Throttled,
 )
 """Errors of the program and not of the moment: another attempt would fail the same way."""
 

@@ -24,7 +24,7 @@ from penstock.flow.channel import Channel
 from penstock.flow.contract import Failed
 from penstock.flow.failing import Policy, Tries
 from penstock.flow.ledger import DEAD, FILTERED, SKIPPED, Ledger
-from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, WAITING_INPUT, SegmentMeter
+from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, HELD, WAITING_INPUT, SegmentMeter
 from penstock.place.base import DROPPED, OK, PENDING, Pool, Task
 
 __all__ = ["READY", "SKIPPED_TAG", "Host", "MakePool", "Runner", "WorkSegment"]
@@ -264,7 +264,9 @@ class WorkSegment(Runner):
     def _note_state(self, wanting: bool) -> None:
         """Tell the meter what the segment is doing; ``wanting``: it could take more items."""
         meter = self.meter
-        if self._in_pool >= self.ceiling:
+        if self.pool.held_back:
+            state = HELD
+        elif self._in_pool >= self.ceiling or self.pool.backlog or self.pool.room() <= 0:
             state = BUSY
         elif self._exit and self.sink.room <= 0:
             state = BLOCKED_OUTPUT

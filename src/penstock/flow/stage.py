@@ -7,7 +7,6 @@ between stages is refused by the plan.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -15,8 +14,10 @@ from math import isfinite
 from typing import Any, Literal, TypedDict
 
 from penstock.errors import PlanError
+from penstock.flow.host import host_of
+from penstock.flow.limit import Limit
 from penstock.flow.retry import Retry, as_retry
-from penstock.place.base import PerWorker, is_async
+from penstock.place.base import PerWorker, cores, is_async
 
 __all__ = [
     "Batch",
@@ -40,6 +41,7 @@ __all__ = [
     "describe",
     "function_name",
     "make_options",
+    "pacing",
     "positive",
 ]
 
@@ -48,7 +50,9 @@ SinkOnError = Literal["raise", "skip", "dead_letter"]
 
 _PLACES = ("loop", "thread", "process")
 _ON_ERROR = ("raise", "skip", "keep", "dead_letter")
+_NOT_DESCRIBED = ("place", "ceiling", "named", "auto", "limit", "site")  # how fast, which may change between runs
 _LOOP_CONCURRENCY = 32
+_MOST = {"loop": 1024, "thread": 64}  # what concurrency="auto" may find; processes: as many as there are cores
 
 
 class StageOptions(TypedDict, total=False):
@@ -56,10 +60,11 @@ class StageOptions(TypedDict, total=False):
 
     name: str
     place: Literal["loop", "thread", "process"]
-    concurrency: int
+    concurrency: int | Literal["auto"]
     workers: int
     ordered: bool
     key: Callable[[Any], Any]
+    limit: Limit | None
     retry: int | Retry | None
     timeout: float | None
     max_failures: float | None
@@ -69,9 +74,10 @@ class Defaults(TypedDict, total=False):
     """What ``Flow(source, ...)`` can set for every stage."""
 
     place: Literal["loop", "thread", "process"]
-    concurrency: int
+    concurrency: int | Literal["auto"]
     workers: int
     ordered: bool
+    limit: Limit | None
     retry: int | Retry | None
     timeout: float | None
     on_error: OnError
@@ -83,7 +89,8 @@ class Options:
     """The resolved parameters of one stage with a function.
 
     ``ceiling``: items in progress at once (concurrency on the loop, workers elsewhere); ``named`` if the stage
-    itself named it, so that it isn't shared with its neighbours.
+    itself named it, so that it isn't shared with its neighbours; ``auto``: the most that may be found to be best.
+    ``site``: a function that gives the host an item goes to, where rates and concurrency are kept by host.
     """
 
     place: str
@@ -95,6 +102,14 @@ class Options:
     timeout: float | None = None
     on_error: str = "raise"
     max_failures: float | None = None
+    auto: bool = False
+    limit: Limit | None = None
+    site: Callable[[Any], str] | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether items wait for more than a free worker before they start."""
+        return self.auto or self.limit is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +254,7 @@ def make_options(
         )
     known = {*StageOptions.__annotations__, "on_error"}
     for name in given:
-        if name not in known:
+        if name not in known and name != "site":
             raise PlanError(f"{verb}() has no parameter {name!r}", f"It takes {', '.join(sorted(known))}")
     _check_name(given.get("name"), f"{verb}(name")
     name = given.get("name") or function_name(function)
@@ -259,15 +274,19 @@ def _resolve(where: str, function: Any, given: dict[str, Any], defaults: dict[st
                 f"{where} workers= is for threads and processes, and this stage runs on the event loop",
                 "Give concurrency= instead, the number of items in progress at once",
             )
-        ceiling = positive(_first(given, defaults, "concurrency", _LOOP_CONCURRENCY), f"{where} concurrency")
+        concurrency = _first(given, defaults, "concurrency", _LOOP_CONCURRENCY)
+        auto = concurrency == "auto"
+        ceiling = _MOST["loop"] if auto else positive(concurrency, f"{where} concurrency")
         named = given.get("concurrency") is not None
     else:
-        if given.get("concurrency") is not None:
+        auto = given.get("concurrency") == "auto"
+        if given.get("concurrency") is not None and not auto:
             raise PlanError(
                 f"{where} concurrency= is for async functions, and this stage runs in a {place}",
-                "Give workers= instead, the number of threads or processes",
+                'Give workers= instead, the number of threads or processes, or concurrency="auto"',
             )
-        usual = 1 if batches or isinstance(function, PerWorker) else os.cpu_count() or 1
+        one = batches or isinstance(function, PerWorker)
+        usual = _MOST.get(place, cores()) if auto else 1 if one else cores()
         ceiling = positive(_first(given, defaults, "workers", usual), f"{where} workers")
         named = given.get("workers") is not None
     on_error = _first(given, defaults, "on_error", "raise")
@@ -276,6 +295,9 @@ def _resolve(where: str, function: Any, given: dict[str, Any], defaults: dict[st
     key = given.get("key")
     if key is not None and not callable(key):
         raise PlanError(f"{where} key={key!r} isn't callable", "Give a function of an item")
+    limit = _last(given, defaults, "limit")
+    if limit is not None and not isinstance(limit, Limit):
+        raise PlanError(f"{where} limit={limit!r}", "Give a Limit, for instance ps.Limit(per_minute=600)")
     budget = _last(given, defaults, "max_failures")
     if budget is not None and (not _is_number(budget) or budget < 0):
         raise PlanError(f"{where} max_failures={budget!r}", "Give a count, or a share between 0 and 1")
@@ -289,7 +311,17 @@ def _resolve(where: str, function: Any, given: dict[str, Any], defaults: dict[st
         timeout=_seconds(_last(given, defaults, "timeout"), f"{where} timeout"),
         on_error=on_error,
         max_failures=budget,
+        auto=auto,
+        limit=limit,
+        site=_site(given.get("site"), limit),
     )
+
+
+def _site(site: Callable[[Any], str] | None, limit: Limit | None) -> Callable[[Any], str] | None:
+    """Whose host an item goes to: what the stage says, or what its URL says where the limit is kept by host."""
+    if site is None and limit is not None and limit.per_host:
+        return host_of
+    return site
 
 
 def check_flow(name: Any, id: Any, defaults: dict[str, Any]) -> None:
@@ -330,7 +362,7 @@ def describe(stage: Stage) -> str:
         options = stage.options
         for field in fields(Options):
             value = getattr(options, field.name)
-            if field.name in ("place", "ceiling", "named") or value is None or value == field.default:
+            if field.name in _NOT_DESCRIBED or value is None or value == field.default:
                 continue
             parts.append(f"{field.name}={_words(value)}")
         return " ".join(parts)
@@ -339,6 +371,14 @@ def describe(stage: Stage) -> str:
     if isinstance(stage, Take):
         return f"take({stage.count})"
     return "unbatch()"
+
+
+def pacing(options: Options) -> str:
+    """How many at once and how fast, in words for ``explain``; empty where only the ceiling says."""
+    parts = ["as many as are found best"] if options.auto else []
+    if options.limit is not None:
+        parts.append(repr(options.limit))
+    return ", ".join(parts)
 
 
 def code_digest(stage: Stage) -> str:

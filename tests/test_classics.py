@@ -1,0 +1,44 @@
+"""The classics of asynchronous AI, as they stand in every tutorial, on the virtual clock."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from penstock.testing import run_virtual
+
+CLASSICS = Path(__file__).resolve().parents[1] / "examples" / "classics"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, CLASSICS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_fetch_then_process_has_the_results_of_the_tutorial_in_its_time() -> None:
+    classic = load("fetch_then_process")
+    expected = [f"Processed: Data from source {source}" for source in (1, 2, 3)]
+    for form in (classic.with_gather, classic.with_penstock):
+        seconds, results = run_virtual(classic.timed(form([1, 2, 3], classic.fetch, classic.process)))
+        assert results == expected
+        assert seconds == pytest.approx(3.0)
+
+
+def test_without_the_barrier_the_longest_chain_is_all_it_takes() -> None:
+    classic = load("fetch_then_process")
+    uneven = classic.Uneven()
+    before, with_barrier = run_virtual(classic.timed(classic.with_gather(uneven.sources, uneven.fetch, uneven.process)))
+    after, without = run_virtual(classic.timed(classic.with_penstock(uneven.sources, uneven.fetch, uneven.process)))
+    assert without == with_barrier
+    assert before == pytest.approx(uneven.barrier)
+    assert after == pytest.approx(uneven.longest_chain)
+    assert after < before

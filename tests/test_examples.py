@@ -1,0 +1,33 @@
+"""The examples, run as a reader would run them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+DEADLINE = 120
+
+
+def run(directory: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=directory, capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_enrich_pays_once_however_often_it_is_killed(tmp_path: Path) -> None:
+    said = run(tmp_path, str(EXAMPLES / "enrich.py"), "--rows", "300", "--kill", "2")
+    ours, theirs = (int(paid.replace(",", "")) for paid in re.findall(r"([\d,]+) calls paid", said))
+    assert 297 <= ours <= 340  # what was in flight and one commit interval, twice, may be paid again
+    assert theirs > 450
+    assert "redone: 3. run/enrich/enriched.jsonl has every row, exactly once" in said
+
+
+def test_enrich_undisturbed(tmp_path: Path) -> None:
+    said = run(tmp_path, str(EXAMPLES / "enrich.py"), "--rows", "100")
+    assert "delivered 99, dead 1" in said
+    assert "redone: 1" in said
