@@ -148,6 +148,47 @@ def test_take_goes_on_counting() -> None:
     assert values() == list(range(200))
 
 
+@pytest.mark.parametrize("by_id", [False, True])
+def test_law_accounting_what_a_take_left_is_there_for_a_plan_that_takes_more(by_id: bool) -> None:
+    Path("in.txt").write_text("".join(f"{n}\n" for n in range(10)))
+
+    def run(first: int | None) -> ps.Report:
+        flow = ps.read.lines("in.txt", id=str if by_id else None)
+        return (flow if first is None else flow.take(first)).to("out.jsonl").run_sync(progress=False)
+
+    wanted = [str(n) for n in range(10)]
+    for first, had, has in [(3, 0, 3), (6, 3, 6), (4, 6, 6), (None, 6, 10), (12, 10, 10)]:
+        report = run(first)
+        assert report.delivered == has - had
+        assert values() == wanted[:has]
+        again = run(first)
+        assert again.issued == 0
+        assert "nothing to do" in str(again)
+        assert values() == wanted[:has]
+
+
+def test_a_take_that_has_enough_stays_satisfied_when_the_input_grows() -> None:
+    Path("in.txt").write_text("1\n2\n3\n")
+    job = ps.read.lines("in.txt").take(3).to("out.jsonl")
+    job.run_sync(progress=False)
+    with open("in.txt", "a") as file:
+        file.write("4\n")
+    assert "nothing to do" in str(job.run_sync(progress=False))
+    assert values() == ["1", "2", "3"]
+
+
+def test_law_accounting_what_a_take_left_of_an_expansion_is_there_for_a_plan_that_takes_more() -> None:
+    def run(flow: ps.Flow[str]) -> ps.Report:
+        return flow.to("out.jsonl").run_sync(progress=False)
+
+    flow = ps.Flow(["abc", "def"], name="words").flat_map(list, whole=False)
+    run(flow.take(4))
+    assert values() == list("abcd")
+    run(flow)
+    assert values() == list("abcdef")
+    assert "nothing to do" in str(run(flow))
+
+
 def test_take_goes_on_counting_after_a_kill() -> None:
     program = """
         die_after(20)

@@ -189,8 +189,9 @@ class Progress:
     ``settled``: source positions. ``children``: for each source item whose ``flat_map(whole=False)`` was cut
     short, which of its outputs are committed, and in ``fates`` the best of their fates. ``taken``: items that passed
     each ``take`` stage, by the stage's number. ``counts``: delivered, filtered, skipped, dead so far. ``snapshot`` and
-    ``plan``: what the source and the plan were like. ``ids``: the index under ``id=``, in which case ``settled``
-    and ``children`` stay empty.
+    ``plan``: what the source and the plan were like. ``finished``: the source ended, and all that was in it is settled
+    (what a ``take`` left isn't). ``ids``: the index under ``id=``, in which case ``settled`` and ``children`` stay
+    empty.
     """
 
     settled: Positions = field(default_factory=Positions)
@@ -202,3 +203,7 @@ class Progress:
     plan: str | None = None
     finished: bool = False
     ids: IdIndex | None = None
+
+    def left(self, takes: dict[int, int]) -> dict[int, int]:
+        """How many items each of these ``take`` stages may still let pass, both by the stage's number."""
+        return {number: max(0, count - self.taken.get(number, 0)) for number, count in takes.items()}

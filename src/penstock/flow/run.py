@@ -81,7 +81,7 @@ class Run:
         self.ended = False
         self.failure: BaseException | None = None
         self._immediate = False
-        self._draining = False
+        self._has_read_all = False
         self._supervisor: asyncio.Task[None] | None = None
         self.segments: list[Runner] = []
         self._pools: list[Pool] = []
@@ -153,7 +153,6 @@ class Run:
         self.loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
-        self._draining = True
         if self.ended:
             return
         if self._reading is None:  # still opening: nothing was taken
@@ -335,7 +334,8 @@ class Run:
             note = "the plan has changed since the earlier run; what that run finished stays as it is"
             self.notes.append(note)
             logger.warning("%s: %s", plan.name, note)
-        if progress.finished and snapshot is not None and snapshot == progress.snapshot:
+        has_all = progress.finished and snapshot is not None and snapshot == progress.snapshot
+        if has_all or (progress.taken and 0 in progress.left(stage_takes(plan)).values()):
             self.notes.append("nothing to do: an earlier run finished the job")
             return True
         return False
@@ -350,9 +350,7 @@ class Run:
             on_error=self.plan.read_on_error,
             max_failures=self.plan.read_max_failures,
         )
-        left = {
-            number: max(0, count - progress.taken.get(number, 0)) for number, count in stage_takes(self.plan).items()
-        }
+        left = progress.left(stage_takes(self.plan))
         built = build_segments(self, self.plan, self.outlet, self.errors, left, inline=self._inline)
         self.inlet = built.inlet
         self.segments = built.segments
@@ -390,6 +388,7 @@ class Run:
     async def _read(self, reader: Reader) -> None:
         try:
             await reader.run()
+            self._has_read_all = True
         except asyncio.CancelledError:
             raise
         except BaseException as error:
@@ -458,9 +457,9 @@ class Run:
         assert committer is not None
         if committer.broken or self._immediate or not hasattr(self, "outlet"):
             return
-        finished = self.failure is None and not self._draining and self._all_came_out()
         self._finished_at = self.clock()
-        await committer.commit(finished=finished, report=self._report_for_journal())
+        report = self._report_for_journal()
+        await committer.commit(finished=self._has_read_all and not report["released"], report=report)
         self._finished_at = 0.0
 
     def _report_for_journal(self) -> dict[str, Any]:
