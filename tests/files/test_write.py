@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 from tests.files.sinks import JOB, NAMES, STREAMS, outputs, rows_of, run, settled, sink_of
 
+import penstock as ps
 from penstock.errors import (
     CannotEncode,
     Closed,
@@ -531,6 +532,121 @@ def test_sqlite_into_a_table_that_is_there() -> None:
     write_all(write.sqlite("out.db", table="other"), [{"y": 1}], JobId("job", "source", fresh=True))
     assert table("SELECT * FROM other") == [(1,)]
     assert table('SELECT * FROM "my ""table"') == [(1, None), (5, 2)]
+
+
+RULES = [
+    ("a INTEGER NOT NULL CHECK(a > 0), b UNIQUE", "CHECK constraint failed: a > 0", {"a": -1}),
+    ("a INTEGER NOT NULL CHECK(a > 0), b UNIQUE", "NOT NULL constraint failed: outputs.a", {"b": 8}),
+    ("a INTEGER NOT NULL CHECK(a > 0), b UNIQUE", "UNIQUE constraint failed: outputs.b", {"a": 9, "b": 1}),
+    ("a INTEGER PRIMARY KEY, b", "datatype mismatch", {"a": "x"}),
+]
+
+
+@pytest.mark.parametrize(("columns", "reason", "bad"), RULES)
+def test_law_errors_what_the_user_s_table_refuses_is_that_item_s_error(columns: str, reason: str, bad: Any) -> None:
+    with closing(sqlite3.connect("out.db")) as database:
+        database.execute(f"CREATE TABLE outputs({columns})")
+    good = [{"a": n, "b": n} for n in range(1, 6)]
+    values = [*good[:3], bad, *good[3:]]
+    ((index, text),) = rejected(write.sqlite("out.db"), values)
+    assert index == 3
+    assert f"a row can't be written to out.db: table 'outputs' refuses it: {reason}" in text
+    assert table() == []
+    with pytest.raises(CannotEncode, match=reason) as raised:
+        ps.Flow(values, name="rows").to("out.db").run_sync(progress=False, fresh=False)
+    assert "item 3" in raised.value.__notes__[0]
+    report = ps.Flow(values, name="rows", on_error="dead_letter").to("out.db").run_sync(progress=False)
+    assert (report.delivered + report.earlier.get("delivered", 0), report.dead) == (5, 1)
+    assert table() == [(n, n) for n in range(1, 6)]
+    (letter,) = ps.read.dead("out.db").collect_sync()
+    assert letter.item == bad
+    assert reason in letter.error
+
+
+def test_sqlite_refuses_rows_of_one_write_that_exclude_each_other() -> None:
+    with closing(sqlite3.connect("out.db")) as database:
+        database.execute("CREATE TABLE outputs(a UNIQUE)")
+        database.execute("CREATE TABLE seen(a)")
+        database.execute("CREATE TRIGGER t AFTER INSERT ON outputs BEGIN INSERT INTO seen VALUES (new.a); END")
+    report = ps.Flow([{"a": n % 4} for n in range(8)], name="rows", on_error="skip").to("out.db").run_sync()
+    assert (report.delivered, report.skipped) == (4, 4)
+    assert table() == table("SELECT * FROM seen") == [(0,), (1,), (2,), (3,)]
+
+
+def test_law_commit_rows_that_a_table_of_rules_took_count_at_the_commit() -> None:
+    with closing(sqlite3.connect("out.db")) as database:
+        database.execute("CREATE TABLE outputs(n INTEGER UNIQUE, text)")
+
+    def found() -> list[int]:  # not by sqlite3, which would drop this process's locks
+        with closing(apsw.Connection("out.db")) as database:
+            return [n for (n,) in database.execute("SELECT n FROM outputs")]
+
+    async def main() -> None:
+        sink = write.sqlite("out.db")
+        await sink.open(JOB)
+        await sink.write(outputs(range(5)))
+        assert found() == []
+        await sink.commit(settled(range(5)))
+        assert found() == list(range(5))
+        await sink.write(outputs(range(5, 9)))
+        await sink.close()
+        assert found() == list(range(5))
+        progress = await sink.open(JOB)
+        assert list(progress.settled.of("in")) == [(0, 5)]
+        await sink.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("by_id", [False, True])
+def test_sqlite_into_a_table_of_rules_by_id_or_by_position(by_id: bool) -> None:
+    with closing(sqlite3.connect("out.db")) as database:
+        database.execute("CREATE TABLE outputs(n INTEGER UNIQUE)")
+    rows = [{"n": n} for n in range(1000)]
+    job = ps.Flow(rows, name="rows", id="n" if by_id else None).to("out.db")
+    assert job.run_sync(progress=False).delivered == 1000
+    assert table("SELECT count(*) FROM outputs") == [(1000,)]
+
+
+def test_sqlite_whose_table_undoes_whole_transactions() -> None:
+    with closing(sqlite3.connect("out.db")) as database:
+        database.execute("CREATE TABLE outputs(a UNIQUE ON CONFLICT ROLLBACK)")
+    with pytest.raises(WriteFailed, match="undoes the whole transaction"):
+        write_all(write.sqlite("out.db"), [{"a": 1}, {"a": 1}])
+    assert table() == []
+
+
+def test_sqlite_locks_a_table_that_it_made_only_while_it_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database_module, "_TIMEOUT", 10)
+    write_all(write.sqlite("out.db"), [{"n": 1, "text": None}])
+
+    async def main() -> None:
+        sink = write.sqlite("out.db")
+        await sink.open(JOB)
+        await sink.write(outputs(range(5)))
+        with closing(apsw.Connection("out.db")) as database:
+            database.execute("CREATE TABLE other(x)")
+        await sink.close()
+
+    asyncio.run(main())
+
+
+def test_sqlite_first_rows_of_which_no_table_can_be_made() -> None:
+    wide = {f"c{n}": n for n in range(3000)}
+    found = rejected(write.sqlite("out.db"), [{"a": 1, "A": 2}, wide, {"a": 3}])
+    assert [index for index, _ in found] == [0, 1]
+    assert "no table can be made with its columns: duplicate column name: A" in found[0][1]
+    assert "too many columns" in found[1][1]
+
+
+def test_sqlite_into_what_takes_no_rows() -> None:
+    with closing(sqlite3.connect("out.db")) as database:
+        database.execute("CREATE TABLE outputs(a, b)")
+        database.execute("CREATE VIEW shown AS SELECT * FROM outputs")
+    with pytest.raises(PlanError, match="table 'shown': cannot modify shown because it is a view"):
+        write_all(write.sqlite("out.db", table="shown"), [])
+    with pytest.raises(PlanError, match="ON CONFLICT clause does not match"):
+        write_all(write.sqlite("out.db", key="a"), [])
 
 
 def test_sqlite_waits_no_longer_than_it_must_for_a_locked_database(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,13 +131,13 @@ class Output(ABC):
         """Where this output's journal stands."""
         return journal_path(self.path)
 
-    def _guarded(self, function: Any, *args: Any) -> None:
+    def _guarded(self, function: Any, *args: Any) -> Any:
         """Call what changes the output; after it has failed once, refuse."""
         if self._broken is not None:
             raise self._broken
         try:
             with writing(self.path):
-                function(*args)
+                return function(*args)
         except BaseException as error:
             self._broken = error
             raise

@@ -1,4 +1,10 @@
-"""Output as rows of a table, in the database that also holds the journal: data and progress in one transaction."""
+"""Output as rows of a table, in the database that also holds the journal: data and progress in one transaction.
+
+A table that penstock made takes every row that gets as far as SQLite, so rows wait in memory for the transaction of
+their commit, and the database is locked to other writers for no longer than that takes. A table that the user made may
+refuse rows by rules of its own (constraints, types, indexes, triggers), which only SQLite can judge: there each write
+inserts its rows at once, and the transaction is held open until the commit.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-from penstock.errors import CannotEncode, ForeignOutput, PlanError
+from penstock.errors import CannotEncode, ForeignOutput, OutputRejected, PlanError, WriteFailed
 from penstock.files.output import Output
 from penstock.files.rows import cell, each_row
 from penstock.flow.contract import Delta, Origin
@@ -19,10 +25,11 @@ from penstock.flow.letters import tables_prefix
 __all__ = ["SqliteOutput"]
 
 _INT_BOUND = 1 << 63
+_LONGEST = 1_000_000_000  # bytes of a value: SQLite's own bound
 
 
 class SqliteOutput(Output):
-    """Rows of one table. They wait in memory until the commit, whose transaction inserts them."""
+    """Rows of one table."""
 
     kind = "sqlite"
 
@@ -35,6 +42,7 @@ class SqliteOutput(Output):
         self._waiting: deque[tuple[Any, ...]] = deque()
         self._columns: list[str] | None = None
         self._is_there = False
+        self._has_rules = False
 
     @property
     def identity(self) -> str:
@@ -51,7 +59,7 @@ class SqliteOutput(Output):
 
     async def write(self, outputs: Sequence[tuple[Origin, Sequence[Any]]]) -> None:
         """Take these outputs; they count at the next commit. Raises OutputRejected."""
-        self._opened()
+        desk = self._opened()
         columns = self._columns
 
         def cells(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -59,7 +67,7 @@ class SqliteOutput(Output):
             if columns is None:
                 if not row or (self.key is not None and self.key not in row):
                     raise CannotEncode(self.path, "row", f"it has no {self.key or 'columns'}")
-                columns = [str(name) for name in row]
+                columns = self._new_columns(row)
             further = [str(name) for name in row if name not in columns]
             if further:
                 raise CannotEncode(
@@ -71,7 +79,25 @@ class SqliteOutput(Output):
 
         rows = each_row(outputs, self.path, cells)
         self._columns = columns
-        self._waiting.extend(rows)
+        if not self._has_rules:
+            self._waiting.extend(rows)
+        elif rows:
+            owners = [index for index, (_, values) in enumerate(outputs) for _ in values]
+            rejected = await desk.call(self._guarded, self._insert_now, rows, owners)
+            if rejected:
+                raise OutputRejected(rejected)
+
+    def _new_columns(self, row: Mapping[str, Any]) -> list[str]:
+        """The columns of the table that the first row makes. Raises CannotEncode if SQLite can't make one with them."""
+        import apsw
+
+        columns = [str(name) for name in row]
+        try:
+            with closing(apsw.Connection(":memory:")) as connection:
+                connection.execute(self._creation(columns))
+        except (apsw.SQLError, UnicodeEncodeError) as error:
+            raise CannotEncode(self.path, "row", f"no table can be made with its columns: {error}") from None
+        return columns
 
     def _make_journal(self) -> Journal:
         return Journal(self.journal, output=self.path, letters=self.letters, prefix=tables_prefix(self.table))
@@ -124,6 +150,23 @@ class SqliteOutput(Output):
             )
         if journal.state and not found:
             raise ForeignOutput(self.path, f"has lost its table {self.table!r}, which its journal knows")
+        self._has_rules = self._columns is not None and not self._is_plain(journal.connection, self._columns)
+
+    def _is_plain(self, connection: Any, columns: list[str]) -> bool:
+        """Whether the table is as penstock makes it, with no index or trigger besides. Raises PlanError for one into
+        which no row can be inserted."""
+        import apsw
+
+        with reported(self.real):
+            try:
+                connection.execute(f"EXPLAIN {self._insertion(columns)}", [None] * len(columns))
+            except apsw.SQLError as error:
+                problem = f"{self!r}: no row can be inserted into table {self.table!r}: {error}"
+                raise PlanError(problem, "Give another table, or another key=") from None
+            made = connection.execute(
+                "SELECT sql FROM sqlite_schema WHERE tbl_name = ? COLLATE NOCASE AND sql IS NOT NULL", (self.table,)
+            ).fetchall()
+        return bool(made == [(self._creation(columns),)])
 
     def _commit(self, delta: Delta) -> None:
         rows = list(self._waiting)
@@ -138,17 +181,53 @@ class SqliteOutput(Output):
             return
         assert self._columns is not None
         connection = self._journal.connection
-        table = _quoted(self.table)
-        names = [_quoted(name) for name in self._columns]
         if not self._is_there:
-            columns = [f"{name} PRIMARY KEY" if name == _quoted(self.key or "") else name for name in names]
-            connection.execute(f"CREATE TABLE {table}({', '.join(columns)})")
+            connection.execute(self._creation(self._columns))
+        connection.executemany(self._insertion(self._columns), rows)
+
+    def _insert_now(self, rows: list[tuple[Any, ...]], owners: Sequence[int]) -> list[tuple[int, Exception]]:
+        """Insert rows ahead of the commit, in its transaction. If the table refuses some, none is inserted, and the
+        outputs that own those are returned with the reason."""
+        connection = self._journal.connection
+        self._journal.hold()
+        rejected: dict[int, Exception] = {}
+        with reported(self.real):
+            connection.execute("SAVEPOINT rows")
+            if self._refusal(rows) is not None:
+                connection.execute("ROLLBACK TO rows")
+                for row, owner in zip(rows, owners, strict=True):
+                    reason = self._refusal([row])
+                    if reason is not None:
+                        rejected.setdefault(owner, CannotEncode(self.path, "row", reason))
+                connection.execute("ROLLBACK TO rows")
+            connection.execute("RELEASE rows")
+        return sorted(rejected.items(), key=lambda one: one[0])
+
+    def _refusal(self, rows: list[tuple[Any, ...]]) -> str | None:
+        """Insert rows; why the table refuses them, if it does: some may be inserted then."""
+        import apsw
+
+        try:
+            self._insert(rows)
+        except (apsw.ConstraintError, apsw.MismatchError, apsw.SQLError, apsw.TooBigError) as error:
+            if not self._journal.connection.in_transaction:
+                reason = f"table {self.table!r} undoes the whole transaction when it refuses a row ({error})"
+                raise WriteFailed(self.path, reason) from error
+            return f"table {self.table!r} refuses it: {error}"
+        return None
+
+    def _creation(self, columns: list[str]) -> str:
+        names = [_quoted(name) + " PRIMARY KEY" * (name == self.key) for name in columns]
+        return f"CREATE TABLE {_quoted(self.table)}({', '.join(names)})"
+
+    def _insertion(self, columns: list[str]) -> str:
+        names = [_quoted(name) for name in columns]
         marks = ", ".join("?" * len(names))
-        insert = f"INSERT INTO {table}({', '.join(names)}) VALUES ({marks})"
-        if self.key is not None:
-            values = ", ".join(f"{name} = excluded.{name}" for name in names)
-            insert += f" ON CONFLICT({_quoted(self.key)}) DO UPDATE SET {values}"
-        connection.executemany(insert, rows)
+        insert = f"INSERT INTO {_quoted(self.table)}({', '.join(names)}) VALUES ({marks})"
+        if self.key is None:
+            return insert
+        values = ", ".join(f"{name} = excluded.{name}" for name in names)
+        return f"{insert} ON CONFLICT({_quoted(self.key)}) DO UPDATE SET {values}"
 
     def _undo(self) -> bool:
         self._waiting.clear()
@@ -168,9 +247,12 @@ def _value(value: Any, column: str, target: str) -> Any:
     value = cell(value, target)
     if type(value) is int and not -_INT_BOUND <= value < _INT_BOUND:
         raise CannotEncode(target, "int", f"column {column!r}: SQLite's integers have 64 bits")
+    size = len(value) if type(value) is bytes else 0
     if type(value) is str:
         try:
-            value.encode()
+            size = len(value.encode())
         except UnicodeEncodeError as error:
             raise CannotEncode(target, "str", f"column {column!r}: {error}") from None
+    if size > _LONGEST:
+        raise CannotEncode(target, type(value).__name__, f"column {column!r}: SQLite takes at most {_LONGEST:,} bytes")
     return value

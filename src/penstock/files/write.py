@@ -78,10 +78,12 @@ def sqlite(path: str | os.PathLike[str], table: str = "outputs", key: str | None
     """Insert rows (dicts, dataclasses, Structs) into ``table`` of an SQLite database, with their progress.
 
     The table is made from the first row's keys, or may be there, empty. Rows may lack columns; a column that the
-    table lacks is that item's error. ``key``: the column that identifies a row; a later row replaces an earlier
-    one of the same key. Lists, dicts and arrays are stored as JSON text. The database is put into WAL mode, and
-    holds the journal in tables that begin with ``_penstock_``. While a job runs, look at it from another process:
-    in this one, the standard library's ``sqlite3`` doesn't see the job's locks, nor the job those of ``sqlite3``.
+    table lacks is that item's error, and so is what a table of your own refuses (by CHECK, UNIQUE, a trigger …): into
+    such a table rows go at once, so that other programs can hardly write to the database while the job runs.
+    ``key``: the column that identifies a row; a later row replaces an earlier one of the same key. Lists, dicts and
+    arrays are stored as JSON text. The database is put into WAL mode, and holds the journal in tables that begin with
+    ``_penstock_``. While a job runs, look at it from another process: in this one, the standard library's ``sqlite3``
+    doesn't see the job's locks, nor the job those of ``sqlite3``.
 
     Raises, when run, what ``jsonl`` raises.
 

@@ -118,6 +118,12 @@ class Journal:
                 self._record_begin()
             self._begun = True
 
+    def hold(self) -> None:
+        """Begin the next transaction now: what is written to the database meanwhile commits with it, or not at all."""
+        with reported(self.path):
+            if not self.connection.in_transaction:
+                self.connection.execute("BEGIN IMMEDIATE")
+
     def transaction(
         self, delta: Delta, state: dict[str, Any] | None = None, write: Callable[[], None] | None = None
     ) -> None:
@@ -146,7 +152,7 @@ class Journal:
     def look_up(self, keys: list[str]) -> list[Known]:
         """What earlier runs committed of the items with these keys, in order; remembers that this run met them."""
         found = []
-        with self._transaction("DEFERRED"):
+        with reported(self.path), self.connection:  # a savepoint, since the next transaction may be held
             execute = self.connection.execute
             for key in keys:
                 times = execute(
@@ -163,6 +169,8 @@ class Journal:
     def close(self, *, clean: bool) -> None:
         """Close the file; ``clean``: the output holds nothing but what is counted. Safe to call twice."""
         try:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
             if clean and (self._begun or self.running):
                 with self._transaction():
                     self._set("running", 0)
@@ -408,9 +416,9 @@ class Journal:
         self.connection.execute(f"INSERT OR REPLACE INTO {self._tables.meta} VALUES (?, ?)", (name, value))
 
     @contextmanager
-    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[None]:
+    def _transaction(self) -> Iterator[None]:
+        self.hold()
         with reported(self.path):
-            self.connection.execute(f"BEGIN {kind}")
             try:
                 yield
                 self.connection.execute("COMMIT")
