@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv as stdlib_csv
 import dataclasses
+import datetime as dt
 import gzip
 import io
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,7 +29,7 @@ from penstock.files import lines as lines_module
 from penstock.files import read
 from penstock.files.lines import BadLine, read_lines
 from penstock.files.source import Unsettled
-from penstock.flow.contract import Unreadable
+from penstock.flow.contract import Failed, Unreadable
 from penstock.flow.flow import Flow
 from penstock.flow.progress import Intervals, Position, Positions, Progress
 
@@ -251,10 +253,16 @@ def test_rows_that_cannot_be_read() -> None:
 @pytest.mark.parametrize(
     ("header", "said"), [(b"a,b,a\n1,2,3\n", "'a' more than once"), (b"\xff\n1\n", "header can't")]
 )
-def test_a_header_that_cannot_be_read_stops_the_reading(header: bytes, said: str) -> None:
+def test_law_errors_a_header_that_cannot_be_read_fails_for_its_file_alone(header: bytes, said: str) -> None:
     Path("a.csv").write_bytes(header)
-    with pytest.raises(DecodeError, match=said):
-        items(read.csv("a.csv"))
+    Path("b.csv").write_text("a\n1\n")
+    with pytest.raises(DecodeError, match=said) as raised:
+        read.csv("*.csv").collect_sync()
+    assert raised.value.__notes__ == [
+        f"at stage 'read', a.csv, record 1: {header.splitlines()[0].decode(errors='replace')!r}"
+    ]
+    assert read.csv("*.csv", on_error="skip").collect_sync() == [{"a": "1"}]
+    assert read_all(read.csv("*.csv"), Positions({"a.csv": Intervals([(0, 1)])})) == [(("b.csv", 0), {"a": "1"})]
 
 
 def test_long_fields() -> None:
@@ -300,19 +308,58 @@ def test_a_directory_of_parquet_files() -> None:
         assert [row["n"] for row in items(read.parquet(pattern))] == [0, 1]
 
 
-def test_a_file_that_is_not_parquet() -> None:
-    Path("a.parquet").write_text("hello")
-    with pytest.raises(DecodeError, match="no intact Parquet file"):
-        items(read.parquet("a.parquet"))
+@pytest.mark.parametrize("junk", [b"hello", b"", b"PAR1" + b"x" * 100 + b"PAR1"])
+def test_law_errors_a_file_that_is_not_parquet_fails_for_itself_alone(junk: bytes) -> None:
+    for name in "ac":
+        pq.write_table(pa.table({"n": [1, 2]}), f"{name}.parquet")
+    Path("b.parquet").write_bytes(junk)
+    with pytest.raises(DecodeError, match="no intact Parquet file") as raised:
+        read.parquet("*.parquet").collect_sync()
+    assert raised.value.__notes__ == ["at stage 'read', b.parquet, record 1: 'b.parquet'"]
+    assert len(read.parquet("*.parquet", on_error="skip").collect_sync()) == 4
+    kept = read.parquet("*.parquet", on_error="keep").collect_sync()
+    assert [item.item for item in kept if isinstance(item, Failed)] == ["b.parquet"]
+    found = read_all(read.parquet("*.parquet"), Positions({"b.parquet": Intervals([(0, 1)])}))
+    assert [position[0] for position, _ in found] == ["a.parquet", "a.parquet", "c.parquet", "c.parquet"]
 
 
-def test_damaged_parquet() -> None:
-    pq.write_table(pa.table({"n": list(range(100_000))}), "a.parquet", compression="gzip")
+def test_law_errors_damaged_parquet_data_fails_for_its_row_group_alone() -> None:
+    table = pa.table({"n": np.random.default_rng(5).integers(0, 2**60, 3000)})
+    pq.write_table(table, "a.parquet", row_group_size=1000, use_dictionary=False, compression="gzip")
+    second = pq.ParquetFile("a.parquet").metadata.row_group(1).column(0)
     data = bytearray(Path("a.parquet").read_bytes())
-    data[100:5000] = b"\xff" * 4900
+    start = second.data_page_offset + 100
+    data[start : start + 2000] = b"\xff" * 2000
     Path("a.parquet").write_bytes(data)
-    with pytest.raises(DecodeError, match="damaged"):
-        items(read.parquet("a.parquet"))
+    found = read_all(read.parquet("a.parquet"))
+    assert [index for (_, index), _ in found] == [*range(1001), *range(2000, 3000)]
+    bad = found[1000][1]
+    assert isinstance(bad, Unreadable)
+    assert str(bad.error).startswith("a.parquet, line 1001: the Parquet data is damaged")
+    settled = Positions({"a.parquet": Intervals([(0, 500), (1000, 1001)])})
+    assert [index for (_, index), _ in read_all(read.parquet("a.parquet"), settled)] == [
+        *range(500, 1000),
+        *range(2000, 3000),
+    ]
+
+
+def test_rows_of_parquet_that_python_has_no_value_for() -> None:
+    days = pa.array([1, 2**31 - 1, 3], pa.int32()).cast(pa.date32())
+    pq.write_table(pa.table({"day": days}), "a.parquet")
+    good, bad, last = items(read.parquet("a.parquet"))
+    assert isinstance(bad, Unreadable)
+    assert str(bad.error).startswith("a.parquet, line 2: ")
+    assert (good, last) == ({"day": dt.date(1970, 1, 2)}, {"day": dt.date(1970, 1, 4)})
+
+
+def test_a_parquet_file_that_cannot_be_opened_is_not_taken_for_a_damaged_one() -> None:
+    pq.write_table(pa.table({"n": [1]}), "a.parquet")
+    flow = read.parquet("a.parquet", on_error="skip")
+    Path("a.parquet").unlink()
+    Path("a.parquet").mkdir()
+    Path("a.parquet/x.parquet").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError):
+        flow.collect_sync()
 
 
 # Files.

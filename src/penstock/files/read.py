@@ -123,8 +123,8 @@ def csv(
 
     ``type``: a Struct, dataclass or TypedDict into which each row is converted: ``"3"`` becomes an int where one is
     wanted, an empty cell None where None is allowed and a string isn't. A row with another number of fields than the
-    header, or that doesn't convert, is an error with file, line and reason, subject to ``on_error``. Quoted
-    fields may hold newlines.
+    header, or that doesn't convert, is an error with file, line and reason, subject to ``on_error``; so is a file
+    whose header can't be read. Quoted fields may hold newlines.
 
     Raises MissingInput if nothing matches; PlanError for a type, delimiter or encoding that won't do.
 
@@ -155,7 +155,8 @@ def parquet(
     """Each row of Parquet files as a dict. A directory, such as ``ps.write.parquet`` makes, stands for its files.
 
     ``type``: a Struct, dataclass or TypedDict into which each row is converted; one that doesn't convert is an error
-    with file and row, subject to ``on_error``. Read a row group at a time.
+    with file and row, subject to ``on_error``. So is a file that can't be read, and a row group: one error each, whose
+    item is the path. Read a row group at a time.
 
     Raises MissingInput if nothing matches, MissingDependency without pyarrow (``penstock[parquet]``), PlanError for
     a type that can't be decoded.

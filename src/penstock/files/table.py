@@ -46,7 +46,13 @@ class CsvSource(FileSource):
         size = 0
         for row in _rows(lines, self._delimiter):
             if header is None:
-                header = self._header(path, row)
+                wrong = _wrong_header(row)
+                if wrong is not None:
+                    if unsettled.wanted(0, 1):
+                        yield [((path, 0), Unreadable(lines.text, DecodeError(path, 1, wrong)))]
+                    return
+                assert isinstance(row, list)
+                header = row
                 continue
             if unsettled.wanted(record, record + 1):
                 batch.append(((path, record), self._item(path, header, row, lines)))
@@ -57,14 +63,6 @@ class CsvSource(FileSource):
             record += 1
         if batch:
             yield batch
-
-    def _header(self, path: str, row: list[str] | Exception) -> list[str]:
-        if isinstance(row, Exception):
-            raise DecodeError(path, 1, f"the header can't be read: {row}")
-        twice = sorted({name for name in row if row.count(name) > 1})
-        if twice:
-            raise DecodeError(path, 1, f"the header names {', '.join(map(repr, twice))} more than once")
-        return row
 
     def _item(self, path: str, header: list[str], row: list[str] | Exception, lines: _TextLines) -> Any:
         if isinstance(row, Exception):
@@ -80,6 +78,14 @@ class CsvSource(FileSource):
             except (msgspec.ValidationError, ValueError, TypeError) as error:
                 reason = str(error)
         return Unreadable(lines.text, DecodeError(path, lines.first, reason))
+
+
+def _wrong_header(row: list[str] | Exception) -> str | None:
+    """Why the rows below this one can't be read; None if they can."""
+    if isinstance(row, Exception):
+        return f"the header can't be read: {row}"
+    twice = sorted({name for name in row if row.count(name) > 1})
+    return f"the header names {', '.join(map(repr, twice))} more than once" if twice else None
 
 
 class _TextLines:
@@ -164,11 +170,11 @@ class ParquetSource(FileSource):
             yield from self._of_file(path, Unsettled(settled.of(path)))
 
     def _of_file(self, path: str, unsettled: Unsettled) -> Iterator[Batch]:
-        pa = arrow()
         try:
             file = parquet_module().ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
-            raise DecodeError(path, 1, f"it is no intact Parquet file ({error})") from error
+        except (arrow().ArrowException, OSError) as error:
+            yield from _damaged(path, 0, unsettled, error, "it is no intact Parquet file")
+            return
         with file:
             group_start = 0
             for group in range(file.num_row_groups):
@@ -178,19 +184,46 @@ class ParquetSource(FileSource):
                 group_start += count
 
     def _of_group(self, path: str, file: Any, group: int, start: int, unsettled: Unsettled) -> Iterator[Batch]:
-        try:
-            for table in file.iter_batches(batch_size=BATCH, row_groups=[group]):
-                for first, stop in unsettled.wanted(start, start + table.num_rows):
-                    rows = table.slice(first - start, stop - first).to_pylist()
-                    yield [((path, first + at), self._item(path, first + at, row)) for at, row in enumerate(rows)]
-                start += table.num_rows
-        except (arrow().ArrowException, OSError) as error:  # codecs raise OSError
-            raise DecodeError(path, start + 1, f"the Parquet data is damaged ({error})") from error
+        tables = file.iter_batches(batch_size=BATCH, row_groups=[group])
+        while True:
+            try:
+                table = next(tables, None)
+            except (arrow().ArrowException, OSError) as error:
+                yield from _damaged(path, start, unsettled, error, "the Parquet data is damaged")
+                return
+            if table is None:
+                return
+            for first, stop in unsettled.wanted(start, start + table.num_rows):
+                rows = _rows_of(table.slice(first - start, stop - first))
+                yield [((path, first + at), self._item(path, first + at, row)) for at, row in enumerate(rows)]
+            start += table.num_rows
 
-    def _item(self, path: str, record: int, row: dict[str, Any]) -> Any:
+    def _item(self, path: str, record: int, row: dict[str, Any] | Exception) -> Any:
+        if isinstance(row, Exception):
+            return Unreadable(path, DecodeError(path, record + 1, str(row)))
         if self._convert is None:
             return row
         try:
             return self._convert(row)
         except (msgspec.ValidationError, ValueError, TypeError) as error:
             return Unreadable(row, DecodeError(path, record + 1, str(error)))
+
+
+def _rows_of(table: Any) -> list[dict[str, Any] | Exception]:
+    """The rows of a table; the error where one holds what Python has no value for, such as a date after 9999."""
+    try:
+        rows: list[dict[str, Any] | Exception] = table.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if table.num_rows == 1:
+            return [error]
+        return [row for at in range(table.num_rows) for row in _rows_of(table.slice(at, 1))]
+    return rows
+
+
+def _damaged(path: str, record: int, unsettled: Unsettled, error: Exception, what: str) -> Iterator[Batch]:
+    """Stands for all records of a file, or of a row group from ``record`` on, that can't be read. Raises what isn't
+    the file's fault."""
+    if isinstance(error, OSError) and error.errno is not None:  # codecs raise theirs without a number
+        raise error
+    if unsettled.wanted(record, record + 1):
+        yield [((path, record), Unreadable(path, DecodeError(path, record + 1, f"{what} ({error})")))]
