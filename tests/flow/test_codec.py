@@ -290,9 +290,10 @@ def test_items_without_an_id(value: Any, field: Any) -> None:
         id_key(value, field)
 
 
-def test_what_the_id_function_raises_is_its_own() -> None:
-    with pytest.raises(KeyError):
+def test_what_the_id_function_raises_is_the_cause() -> None:
+    with pytest.raises(IdError, match=r"id= of the item \{\} raised KeyError: 'id'") as raised:
         id_key({}, lambda row: row["id"])
+    assert isinstance(raised.value.__cause__, KeyError)
 
 
 def test_row_digests_tell_rows_apart() -> None:

@@ -199,6 +199,9 @@ def test_the_guarantee_and_its_reason() -> None:
         assert reason in made.guarantee
         assert not made.exactly_once
     assert plan(flow).guarantee.startswith("outputs are handed to the caller")
+    assert plan(ps.Flow([1], id=str)).guarantee.endswith("; no ids are kept, so a repeated one isn't noticed")
+    by_id = ps.Flow([1], id=str)
+    assert make_plan(by_id, by_id.to(print)).guarantee.endswith("; no ids are kept, so a repeated one isn't noticed")
     assert not plan(flow).commits
     assert plan_call(ps.Flow().map(ask)).guarantee == "each call gets its own answer or its own error"
 

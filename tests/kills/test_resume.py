@@ -424,6 +424,58 @@ def test_a_repeated_missing_or_null_id_stops_the_run_by_default() -> None:
     assert "record 3" in "".join(raised.value.__notes__)
 
 
+def test_law_errors_an_id_function_that_raises_fails_for_its_item_alone() -> None:
+    write_rows([{"a": 1}, {"b": 2}, {"a": 3}])
+
+    def flow(on_error: Any = None) -> ps.Flow[Any]:
+        return ps.read.jsonl("in.jsonl", id=lambda row: row["a"], on_error=on_error)
+
+    with pytest.raises(ps.errors.IdError, match=r"id= of the item \{'b': 2\} raised KeyError: 'a'") as raised:
+        flow().to("out.jsonl").run_sync()
+    assert "at stage 'read', in.jsonl, record 2" in raised.value.__notes__[0]
+    assert isinstance(raised.value.__cause__, KeyError)
+    job = flow("dead_letter").to("out.jsonl")
+    report = job.run_sync()
+    assert (report.delivered + report.earlier.get("delivered", 0), report.dead) == (2, 1)
+    assert [row["a"] for row in values()] == [1, 3]
+    assert [letter.item for letter in ps.read.dead("out.jsonl").collect_sync()] == [{"b": 2}]
+    assert "nothing to do" in str(job.run_sync())
+
+
+def test_law_errors_an_item_needs_an_id_also_where_none_are_kept() -> None:
+    seen: list[Row] = []
+    for sink in (None, seen.append):
+        seen.clear()
+
+        def run(on_error: Any = None, sink: Any = sink) -> Any:
+            flow = ps.Flow(bad_rows(), id="id", on_error=on_error)
+            return flow.collect_sync() if sink is None else flow.to(sink).run_sync(progress=False)
+
+        with pytest.raises(ps.errors.IdError, match="has no 'id'") as raised:
+            run()
+        assert "item 3" in raised.value.__notes__[0]
+        seen.clear()
+        result = run("skip")
+        good = [row for row in bad_rows() if row.get("id") is not None]
+        assert (result if sink is None else seen) == good  # repeated ones too: nothing remembers the others
+
+
+def test_letters_are_redone_whatever_ids_the_flow_asks_for() -> None:
+    rows = [{"id": n} for n in range(5)]
+    job = ps.Flow(rows, name="rows", id="id").map(breaks_at_row, on_error="dead_letter").to("out.jsonl")
+    job.run_sync()
+    mend()
+    work = ps.Flow(id="id").map(lambda failed: failed.item)
+    report = work.over(ps.read.dead("out.jsonl")).to("out.jsonl").run_sync()
+    assert report.delivered == 1
+    assert sorted(row["id"] for row in values()) == list(range(5))
+
+
+def breaks_at_row(row: Row) -> Row:
+    breaks_at(2)(row["id"])
+    return row
+
+
 def test_repeated_missing_and_null_ids_are_those_items_errors() -> None:
     write_rows(bad_rows())
     job = ps.read.jsonl("in.jsonl", id="id", on_error="dead_letter").map(lambda row: row["id"]).to("out.jsonl")

@@ -174,17 +174,21 @@ def id_key(value: Any, field: str | Callable[[Any], Any]) -> str:
     """The key that identifies an item under ``id=``: ``i:`` and the id as JSON.
 
     ``field`` is a field's name (a key of a mapping, or an attribute) or a function of the item. Raises IdError if the
-    id is missing, null, or can't be written as JSON; what a function raises comes out as itself.
+    id is missing, null, or can't be written as JSON, and if finding it raises, with that as its cause.
 
     >>> id_key({"doc": "a7"}, "doc")
     'i:"a7"'
     """
-    if not isinstance(field, str):
-        found, what = field(value), "id="
-    elif isinstance(value, Mapping):
-        found, what = value.get(field, _MISSING), f"{field!r}"
-    else:
-        found, what = getattr(value, field, _MISSING), f"{field!r}"
+    what = f"{field!r}" if isinstance(field, str) else "id="
+    try:
+        if not isinstance(field, str):
+            found = field(value)
+        elif isinstance(value, Mapping):
+            found = value.get(field, _MISSING)
+        else:
+            found = getattr(value, field, _MISSING)
+    except Exception as error:  # a user's function or property may raise anything
+        raise IdError(f"{what} of the item {_brief(value)} raised {type(error).__name__}: {error}") from error
     if found is _MISSING:
         raise IdError(f"the item {_brief(value)} has no {what}")
     if found is None or (isinstance(found, float) and not isfinite(found)):

@@ -50,10 +50,10 @@ class Flow(Generic[T]):
     """Work to be done over items: a source and the stages its items pass, in order.
 
     ``source``: a list, a generator, any iterable or async iterable, or one of ``ps.read``; without one the flow is
-    unbound, to be given a source by ``over`` or to serve live calls by ``open``. ``name``: names the source, and so
-    the job, across runs. ``id``: a field's name or a function that gives each item an id of its own; progress is then
-    kept by ids, so that a re-exported or reordered input can be resumed. All other parameters are defaults for every
-    stage: ``place concurrency workers ordered limit retry timeout on_error max_failures``.
+    unbound, to be given a source by ``over`` or to serve live calls by ``open``. ``name``: names the source, and so the
+    job, across runs. ``id``: a field's name or a function that gives each item an id of its own; progress is then kept
+    by ids, so that a re-exported or reordered input can be resumed. An item without one fails; so does a repeated one,
+    where the sink keeps ids. All others are defaults for every stage.
 
     A flow is immutable: each verb returns a new flow, and one flow can be run any number of times.
 
@@ -71,8 +71,8 @@ class Flow(Generic[T]):
     - ``retry``: further attempts after a failure, or a ``Retry``. ``timeout``: seconds for one attempt.
     - ``on_error``: ``"raise"`` (default), ``"skip"``, ``"keep"`` (a ``Failed`` goes on in the item's place), or
       ``"dead_letter"`` (kept beside the output, to be read by ``ps.read.dead``).
-    - ``max_failures``: stop the run when more than this many items of the stage failed for good; below 1, a share.
-      A stage's own None overrides the default of the flow, as it does for ``retry`` and ``timeout``.
+    - ``max_failures``: stop the run when more than this many items of the stage failed for good; below 1, a share. A
+      stage's own None overrides the default of the flow, as it does for ``retry`` and ``timeout``.
     - ``name``: what the stage is called in reports; by default the function's name.
 
     Raises PlanError for what can't be run.

@@ -306,10 +306,11 @@ def _check_dead_letters(flow: Flow[Any], sink: Sink[Any] | None, read_on_error: 
 
 def _guarantee(flow: Flow[Any], sink: Sink[Any] | None) -> tuple[bool, str]:
     assert flow.source is not None
+    no_ids = "; no ids are kept, so a repeated one isn't noticed" if flow.id is not None else ""
     if sink is None:
-        return False, "outputs are handed to the caller as they come; nothing is kept for another run"
+        return False, f"outputs are handed to the caller as they come; nothing is kept for another run{no_ids}"
     if not sink.exactly_once:
-        return False, "at least once: a function can't commit progress together with its effect"
+        return False, f"at least once: a function can't commit progress together with its effect{no_ids}"
     if flow.id is not None:
         return True, f"exactly once: {sink.identity} commits the ids together with the data"
     if not flow.source.replayable:

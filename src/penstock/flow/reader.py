@@ -2,7 +2,7 @@
 
 One coroutine, cancelled to stop it. What it has read and not put isn't issued: a later run reads it again. A source
 that has to block does so in a thread of its own. Under ``id=`` every batch is first held against the ids that the sink
-has settled.
+has settled; where none are kept, an item still needs one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Reader"]
 
 
 class Reader:
-    """Reads ``source`` after ``progress`` into ``channel``; ``id`` is the flow's, if the sink keeps ids.
+    """Reads ``source`` after ``progress`` into ``channel``; ``id`` is the flow's.
 
     ``digests``: a row must be recognized by more than its id, since a later run may expand it again.
     """
@@ -48,7 +48,8 @@ class Reader:
         self.progress = progress
         self.channel = channel
         self.policy = policy
-        self.id = id if progress.ids is not None else None
+        redoes = progress.ids is None and host.ledger.holds  # a sink that keeps ids knows its letters by number
+        self.id = None if redoes else id
         self.output = output
         self.digests = digests
         self._room: asyncio.Future[None] | None = None
@@ -72,6 +73,8 @@ class Reader:
             async for batch in batches:
                 if self.id is None:
                     tasks = [Task(value, position) for position, value in batch]
+                elif self.progress.ids is None:
+                    tasks = [Task(self._with_id(value), position) for position, value in batch]
                 else:
                     tasks = await self._by_id(batch)
                 await self._put(tasks)
@@ -124,6 +127,15 @@ class Reader:
             else:
                 self.ledger.settle(task.origin, DEAD if verdict.kind == DEAD_LETTER else SKIPPED, verdict.failed)
         return readable
+
+    def _with_id(self, value: Any) -> Any:
+        """The item, if it has an id."""
+        if type(value) is not Unreadable:
+            try:
+                id_key(value, self.id or "id")
+            except IdError as error:
+                return Unreadable(value, error)
+        return value
 
     async def _by_id(self, batch: Sequence[tuple[Position, Any]]) -> list[Task]:
         """The items of a batch whose ids aren't settled. An item without an id is known by its digest."""
