@@ -33,6 +33,7 @@ __all__ = [
     "ResumeMismatch",
     "SourceExhausted",
     "StageTimeout",
+    "StrayException",
     "Throttled",
     "WorkerDied",
     "WriteFailed",
@@ -120,6 +121,26 @@ class StageTimeout(PenstockError, TimeoutError):
 
     def __str__(self) -> str:
         return f"stage {self.stage!r}: an attempt took longer than its timeout of {self.seconds:g} s"
+
+
+class StrayException(PenstockError, RuntimeError):
+    """``stage`` let out an exception that Python itself steers by (``kind``); it is the cause of this one.
+
+    A ``CancelledError`` while nobody cancelled the run, a ``StopIteration`` of a bare ``next()``: raised as itself it
+    would cancel or end, without a word, whatever code it comes to.
+    """
+
+    def __init__(self, stage: str, kind: str) -> None:
+        super().__init__(stage, kind)
+        self.stage = stage
+        self.kind = kind
+
+    def __str__(self) -> str:
+        meaning = "a cancellation" if self.kind == "CancelledError" else "the end of an iteration"
+        return (
+            f"stage {self.stage!r} raised {self.kind} by itself, which would be taken for {meaning} outside of it. "
+            "Catch it in the function, and return a value or raise another exception"
+        )
 
 
 class Throttled(PenstockError, RuntimeError):

@@ -8,6 +8,7 @@ worker that makes them waits until they are handed on.
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -268,7 +269,7 @@ class ChainSegment(WorkSegment):
             try:
                 key = self._key(task.value)
                 lane = self._lanes.get(key)
-            except Exception as error:
+            except (Exception, CancelledError) as error:
                 task.outcome = FAILED
                 if self._resolve_key(task, error):
                     self._exit.append(task)
@@ -281,7 +282,7 @@ class ChainSegment(WorkSegment):
                 lane.append(task)
         return starting
 
-    def _resolve_key(self, task: Task, error: Exception) -> bool:
+    def _resolve_key(self, task: Task, error: BaseException) -> bool:
         """An item whose key can't be told fails at once: asking again would say the same."""
         self.policies[0].tried += 1
         verdict = self.policies[0].give_up(task.value, task.origin, error, 1)

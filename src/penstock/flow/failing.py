@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from penstock.errors import FailureBudgetExceeded, FetchError, PenstockError, StageTimeout, Throttled, WorkerDied
+from penstock.errors import (
+    FailureBudgetExceeded,
+    FetchError,
+    PenstockError,
+    StageTimeout,
+    StrayException,
+    Throttled,
+    WorkerDied,
+)
 from penstock.flow.contract import Failed
 from penstock.flow.ledger import positions_of
 from penstock.flow.memory import position_of
 from penstock.flow.meter import StageMeter
 from penstock.flow.report import ErrorLog
 from penstock.flow.retry import Retry
-from penstock.place.base import DIED, TIMED_OUT, Task
+from penstock.place.base import DIED, TIMED_OUT, Task, as_failure
 
 __all__ = ["DEAD_LETTER", "KEEP_IT", "RAISE", "RETRY", "SKIP", "Policy", "Tries", "Verdict", "reason_of", "short"]
 
@@ -53,6 +61,8 @@ def reason_of(error: BaseException) -> str:
         return "throttled"
     if isinstance(error, FetchError):
         return error.reason
+    if isinstance(error, StrayException):
+        return error.kind
     return type(error).__name__
 
 
@@ -91,7 +101,7 @@ class Policy:
 
     def judge(self, task: Task) -> Verdict:
         """Decide on a task that FAILED, TIMED_OUT or DIED at this stage."""
-        error: Any = task.error
+        error: Any = task.error if task.outcome == DIED else as_failure(self.stage, task.error)
         task.error = None  # tasks are hidden from the garbage collector: a cycle through one would never be freed
         if task.outcome == TIMED_OUT and not isinstance(error, StageTimeout):
             error = StageTimeout(self.stage, self.timeout or 0.0)
@@ -107,6 +117,7 @@ class Policy:
 
     def give_up(self, value: Any, origin: Any, error: BaseException, attempts: int) -> Verdict:
         """No further attempt: log it and say what ``on_error`` makes of it."""
+        error = as_failure(self.stage, error)
         position = positions_of(origin)[0]
         reason = reason_of(error)
         self.meter.failed += 1

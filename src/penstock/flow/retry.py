@@ -16,6 +16,7 @@ from penstock.errors import (
     DecodeError,
     ExpansionTooLarge,
     PlanError,
+    StrayException,
     Throttled,
 )
 
@@ -82,6 +83,8 @@ class Retry:
         """Whether an item that has been tried ``attempts`` times and got ``error`` is to be tried again."""
         if attempts > self.attempts or not isinstance(error, Exception) or isinstance(error, NEVER_RETRIED):
             return False
+        if isinstance(error, StrayException) and error.__cause__ is not None:
+            error = error.__cause__
         if isinstance(self.on, (type, tuple)):
             return isinstance(error, self.on)
         return bool(self.on(error))

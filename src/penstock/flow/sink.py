@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from penstock.errors import OutputRejected, PlanError
+from penstock.errors import OutputRejected, PlanError, StrayException
 from penstock.flow.blocking import Desk
 from penstock.flow.contract import SUFFIXES, Delta, JobId, Origin, Sink
 from penstock.flow.progress import Positions, Progress
 from penstock.place.base import is_async
+from penstock.place.loop import is_cancelled
 
 __all__ = ["FunctionSink", "as_sink"]
 
@@ -37,6 +39,12 @@ def as_sink(target: Any) -> Sink[Any]:
         f"to({target!r:.60}) was given a {type(target).__name__}, which is no sink",
         "Give a path like 'out.jsonl', one of ps.write, or a function of one output",
     )
+
+
+def _stray(error: asyncio.CancelledError) -> StrayException:
+    stray = StrayException("to", type(error).__name__)
+    stray.__cause__ = error
+    return stray
 
 
 class FunctionSink:
@@ -82,6 +90,10 @@ class FunctionSink:
             result = function(values[at][1])
         try:
             await result
+        except asyncio.CancelledError as error:
+            if is_cancelled():
+                raise
+            return at, _stray(error)
         except Exception as error:
             return at, error
         return at + 1, None
@@ -93,6 +105,8 @@ class FunctionSink:
         while at < len(values):
             try:
                 result = self.function(values[at][1])
+            except asyncio.CancelledError as error:
+                return at, None, _stray(error)
             except Exception as error:
                 return at, None, error
             if inspect.isawaitable(result):

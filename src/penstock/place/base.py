@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Callable, Iterable, Sequence
 from contextvars import ContextVar
@@ -43,7 +44,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import msgspec
 
-from penstock.errors import ExpansionTooLarge
+from penstock.errors import ExpansionTooLarge, StrayException
 
 __all__ = [
     "DIED",
@@ -66,6 +67,7 @@ __all__ = [
     "Pool",
     "Step",
     "Task",
+    "as_failure",
     "bind",
     "cores",
     "is_async",
@@ -236,11 +238,27 @@ def bind(chain: Chain) -> tuple[list[Any], Callable[[], list[Any]]]:
                 calls.append(built)
             else:
                 calls.append(step.call)
-    except BaseException:
+    except BaseException as error:
         for closer in closers:
             closer()
-        raise
+        failure = as_failure(chain.name, error)
+        if failure is error:
+            raise
+        raise failure from error
     return calls, lambda: closers
+
+
+def as_failure(stage: str, error: BaseException) -> BaseException:
+    """What a stage's function raised, or a StrayException caused by it, if raising it would steer other code."""
+    known = sys.modules.get("asyncio.exceptions")  # nobody can raise what was never imported
+    stray = known is not None and isinstance(error, known.CancelledError)
+    if not stray and not isinstance(error, (StopIteration, StopAsyncIteration)):
+        return error
+    failure = StrayException(stage, type(error).__name__)
+    failure.__cause__ = error
+    for note in getattr(error, "__notes__", ()):
+        failure.add_note(note)
+    return failure
 
 
 def spread(step: str, result: Iterable[Any]) -> list[Any]:

@@ -27,11 +27,13 @@ from penstock.place.base import (
     STREAM,
     Chain,
     Task,
+    as_failure,
     bind,
     set_worker_index,
     spread,
     spread_async,
 )
+from penstock.place.loop import is_cancelled
 
 __all__ = ["PARTS_OUT", "Exchange", "Stamp", "Stream", "Worker"]
 
@@ -326,6 +328,10 @@ class Worker:
         self.exchange.call(self._begin_await, awaitable, outcome, closing)
         return outcome.result()
 
+    @property
+    def _unwanted(self) -> bool:
+        return self.exchange.aborted or self.abandoned
+
     def _begin_await(self, awaitable: Any, outcome: Future[Any], closing: bool) -> None:
         """On the loop: a task of its own for the awaitable."""
 
@@ -333,6 +339,9 @@ class Worker:
             try:
                 value = await awaitable
             except BaseException as error:  # also what would stop the loop: it belongs to the item
+                if isinstance(error, asyncio.CancelledError) and is_cancelled() and not self._unwanted:
+                    self.error = as_failure(self.exchange.chain.name, error)  # not the item's: the loop is shut down
+                    error = _Ended()
                 outcome.set_exception(error)
             else:
                 outcome.set_result(value)
@@ -349,7 +358,7 @@ class Worker:
         self.awaiting = settling
         self.exchange.awaited.add(settling)
         settling.add_done_callback(ended)
-        if (self.exchange.aborted or self.abandoned) and not closing:
+        if self._unwanted and not closing:
             settling.cancel()  # too late: whoever cancels the others has been here already
 
     # -- streams -------------------------------------------------------------------------------------------------

@@ -8,7 +8,9 @@ residents stand after ten turns of the loop; one that never suspends finds the q
 It yields after a millisecond, or it would starve commits, signals and leases.
 
 Who cancels what: only ``abort`` cancels residents, and it awaits them. A CancelledError that a user's function
-raises by itself is that task's failure. Every await here leaves the task either in the queue or with its resident;
+raises by itself is that task's failure. If anybody else cancels a resident (the loop is shut down, or a function
+cancels the task it runs in), that says nothing about the item: the pool has failed, and the item isn't settled.
+Every await here leaves the task either in the queue or with its resident;
 ``abort`` drops both, and the caller knows which tasks never came back.
 """
 
@@ -34,12 +36,13 @@ from penstock.place.base import (
     TIMED_OUT,
     Pool,
     Task,
+    as_failure,
     bind,
     is_async,
     spread_async,
 )
 
-__all__ = ["LoopPool", "clock_of"]
+__all__ = ["LoopPool", "clock_of", "is_cancelled"]
 
 _YIELD_AFTER = 0.001
 _ALWAYS_TIMED = 0.0001
@@ -54,6 +57,12 @@ _WELL = (OK, DROPPED)
 def clock_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
     """A clock with microseconds that follows the loop's: a virtual loop's time is virtual, uvloop's is too coarse."""
     return time.perf_counter if type(loop).__module__.startswith("uvloop") else loop.time
+
+
+def is_cancelled() -> bool:
+    """Whether somebody cancelled the running task; if not, a CancelledError comes from what it calls."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class _Stream:
@@ -223,6 +232,9 @@ class LoopPool(Pool):
 
     def _fail(self, task: Task, step: int, value: Any, error: BaseException) -> None:
         if self._aborting and isinstance(error, (asyncio.CancelledError, GeneratorExit)):
+            raise error
+        if isinstance(error, asyncio.CancelledError) and is_cancelled():
+            self.failed(as_failure(self.chain.name, error))
             raise error
         task.at = step
         task.value = value
