@@ -122,14 +122,17 @@ class Call(Generic[T, U]):
             if not answer.done():
                 answer.set_exception(error)
 
-    async def _close(self) -> None:
-        """Answer what was accepted, then end. Cancelling ends at once."""
+    async def _close(self, error: BaseException | None) -> None:
+        """Answer what was accepted, then end; ``error`` leaves the block already. Cancelling ends at once."""
         self._open = False
         self._inlet.close()
         try:
-            await self._run.finish()
+            await self._run.over()
+        except asyncio.CancelledError as cancelled:
+            error = cancelled
+            raise
         finally:
-            await self._run.__aexit__(None, None, None)
+            await self._run.__aexit__(None, error, None)
 
 
 @asynccontextmanager
@@ -139,8 +142,10 @@ async def open_call(flow: Flow[Any], max_waiting: int) -> AsyncIterator[Call[Any
     await call._start()
     try:
         yield call
-    finally:
-        await call._close()
+    except BaseException as error:
+        await call._close(error)
+        raise
+    await call._close(None)
 
 
 @contextmanager

@@ -481,7 +481,7 @@ class Job:
         """Run the job inside ``async with job.start() as run``: ``run.report()`` is live, leaving the block ends it.
 
         ``await run.finish()`` waits for the end. Leaving the block earlier cancels the run; when it is left, nothing
-        of it runs any more. Parameters and errors: see ``run``.
+        of it runs any more, and what it failed with is raised if ``finish`` hasn't. Parameters and errors: see ``run``.
 
         >>> import asyncio, penstock as ps
         >>> async def main() -> int:

@@ -84,7 +84,7 @@ class Outlet:
     async def close(self) -> None:
         """End the run if it was begun; when this returns, nothing of it runs any more."""
         if self._begun:
-            await self.run.__aexit__(None, None, None)
+            await self.run.__aexit__(None, GeneratorExit(), None)  # who leaves wants no more, also no failure
 
 
 async def collect(flow: Flow[Any], *, inline: bool = False) -> list[Any]:

@@ -18,7 +18,8 @@ One fate per source item: dead > delivered > skipped > filtered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from penstock.flow.contract import Delta, Failed
@@ -305,6 +306,18 @@ class Ledger:
                 self._settle_position(origin, DELIVERED, None)
             else:
                 self.settle(origin, DELIVERED)
+
+    @contextmanager
+    def as_committed(self) -> Iterator[None]:
+        """Counts as they will be when the next commit counts, and it is the last."""
+        before = self.fates, self.open, self.released
+        self.fates = [self.fates[fate] + self.delta.counts.get(name, 0) for fate, name in enumerate(FATES)]
+        self.released = self.open - sum(self.fates) + sum(before[0])
+        self.open = 0
+        try:
+            yield
+        finally:
+            self.fates, self.open, self.released = before
 
     def deliver_plain(self, count: int) -> None:
         """``count`` single items were handed to the caller, and nobody keeps their positions."""

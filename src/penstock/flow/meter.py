@@ -202,6 +202,10 @@ class SegmentMeter:
         self._capacity = 0.0
         self._spent = [0.0, 0.0, 0.0, 0.0, 0.0]
 
+    def start(self, now: float) -> None:
+        """The workers are there: what was before isn't theirs to account for."""
+        self.started = self._since = self._changed = now
+
     def set_state(self, state: int, now: float) -> None:
         """The segment is in this state from now on. Costs a comparison if it was already."""
         if state != self.state:

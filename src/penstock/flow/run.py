@@ -16,6 +16,8 @@ The contract of starting and ending. If the code is inconsistent with the follow
    was to be immediate. What is still open is released and given back to the source. The sink closes last.
 6. Every step of the shutdown is taken even if one before it raised; the first exception is the one to be raised, and
    later ones are logged. Cancelling whoever waits for the shutdown doesn't cut it short.
+7. A failure is told once at least: raised by what waits for the end, else by leaving the block; logged if an exception
+   of the caller's own leaves it already, or an iterator that wants no more.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Self
 
-from penstock.errors import ResumeMismatch
+from penstock.errors import Closed, PlanError, ResumeMismatch
 from penstock.flow.build import build_segments
 from penstock.flow.channel import Channel
 from penstock.flow.commit import Committer, cancel_once, uninterrupted
@@ -42,9 +44,9 @@ from penstock.flow.plan import Plan, stage_takes
 from penstock.flow.progress import Progress
 from penstock.flow.reader import Reader
 from penstock.flow.report import ErrorLog, Report, build
-from penstock.flow.segment import Runner
-from penstock.place.base import Pool, cores
-from penstock.place.loop import clock_of
+from penstock.flow.segment import Runner, open_all
+from penstock.place.base import Pool, as_failure, cores
+from penstock.place.loop import clock_of, is_cancelled
 
 __all__ = ["Run"]
 
@@ -80,6 +82,7 @@ class Run:
         self.interrupted: signal.Signals | None = None
         self.ended = False
         self.failure: BaseException | None = None
+        self._told = False
         self._immediate = False
         self._has_read_all = False
         self._supervisor: asyncio.Task[None] | None = None
@@ -101,7 +104,9 @@ class Run:
     # -- what the caller does ---------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        """Open everything; raises what opening raised. Cancelling closes it again."""
+        """Open everything; raises what opening raised. Cancelling closes it again. A second time is a PlanError."""
+        if self._supervisor is not None:
+            raise PlanError("a run was entered a second time", "Call job.start() again for each 'async with'")
         self.loop = asyncio.get_running_loop()
         self.clock = clock_of(self.loop)
         self._began = self.clock()
@@ -115,18 +120,34 @@ class Run:
             self.stop()
             await uninterrupted(self._wait_for_supervisor())
             raise
-        if self.failure is not None and self._supervisor.done():
-            raise self.failure
+        if self._supervisor.done():
+            self._raise_failure()
         return self
 
-    async def __aexit__(self, *exception: object) -> None:
-        """End the run if it hasn't ended; when this returns, nothing of it runs any more."""
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """End the run if it hasn't ended; when this returns, nothing of it runs any more.
+
+        Raises what the run failed with, unless ``finish`` has done so; on the way of another exception that is logged.
+        """
+        await self._end_of_all()
+        if not self._told and error is None:
+            self._raise_failure()
+        if not self._told and self.failure is not None:
+            logger.error("%s: the run had failed: %r", self.plan.name, self.failure, exc_info=self.failure)
+
+    async def _end_of_all(self) -> None:
         self.stop()
         await uninterrupted(self._wait_for_supervisor())
 
     async def _wait_for_supervisor(self) -> None:
-        assert self._supervisor is not None
+        if self._supervisor is None:
+            raise Closed("the run")
         await asyncio.wait([self._supervisor])
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            self._told = True
+            raise self.failure
 
     async def finish(self) -> Report:
         """Wait for the end of the run and return its report. Raises what the run failed with.
@@ -138,15 +159,16 @@ class Run:
 
     async def wait(self) -> None:
         """Wait for the end, as ``finish`` does."""
-        assert self._supervisor is not None, "finish() belongs inside 'async with job.start() as run'"
+        await self.over()
+        self._raise_failure()
+
+    async def over(self) -> None:
+        """Wait for the end, and raise nothing of it."""
         try:
-            await asyncio.shield(self._supervisor)
+            await self._wait_for_supervisor()
         except asyncio.CancelledError:
-            self.stop()
-            await uninterrupted(self._wait_for_supervisor())
+            await self._end_of_all()
             raise
-        if self.failure is not None:
-            raise self.failure
 
     def drain(self) -> None:
         """Take no more items; finish and commit what was taken. The run then ends by itself. From any thread."""
@@ -177,11 +199,8 @@ class Run:
         elapsed = (self._finished_at or now) - self._began
         if not self._is_over and threading.get_ident() == self._thread:
             self._computed = time.thread_time() - self._computed_before
-        notes = list(self.notes)
-        for pool in self._pools:
-            abandoned = list(getattr(pool, "abandoned", ()))
-            if abandoned:
-                notes.append(f"threads that hang past their timeout: {', '.join(abandoned)}")
+        hanging = [name for pool in self._pools for name in getattr(pool, "abandoned", ())]
+        notes = [f"threads that hang past their timeout: {', '.join(hanging)}"] if hanging else []
         report = build(
             name=self.plan.name,
             counts=counts,
@@ -191,7 +210,7 @@ class Run:
             now=self._finished_at or now,
             guarantee=self.plan.guarantee,
             earlier=self._earlier,
-            notes=notes,
+            notes=[*self.notes, *notes],
             source=self.plan.source.identity if self.plan.source is not None else "the callers",
             sink=self.plan.sink.identity if self.plan.sink is not None else None,
             cores=cores(),
@@ -297,25 +316,10 @@ class Run:
         self._build(progress)
         if self._committer is not None:
             self._meters.append(self._committer.meter)
-        await self._open_segments()
+        await open_all(self.segments, self._over)
+        for each in self._meters:
+            each.start(self.clock())
         return progress
-
-    async def _open_segments(self) -> None:
-        """All at once. When one fails, or the run is ended meanwhile, the others are cancelled and awaited."""
-        opening = [self.loop.create_task(segment.open()) for segment in self.segments]
-        pending = set(opening)
-        while pending:
-            done, _ = await asyncio.wait({*pending, self._over}, return_when=asyncio.FIRST_COMPLETED)
-            pending -= done
-            if self._over.done() or any(task.cancelled() or task.exception() for task in opening if task.done()):
-                for task in pending:
-                    task.cancel()
-                if pending:
-                    await asyncio.wait(pending)
-                break
-        for task in opening:
-            if not task.cancelled():
-                task.result()
 
     async def _nothing_to_do(self, progress: Progress, first: Delta) -> bool:
         """Compare input and plan with what an earlier run saw. Raises ResumeMismatch for a changed input."""
@@ -367,11 +371,11 @@ class Run:
             reader = Reader(
                 self, plan.source, progress, self.inlet, self._policy, plan.id, output, digests=plan.streams
             )
-            self._reading = self.loop.create_task(self._read(reader), name=f"penstock read {plan.name}")
+            self._reading = self._begin("read", lambda: self._read(reader))
             self._reading.add_done_callback(self._no_more_items)
             tasks.append(self._reading)
         if self._committer is not None:
-            tasks.append(self.loop.create_task(self._commit_all(), name=f"penstock commit {plan.name}"))
+            tasks.append(self._begin("to", self._commit_all))
         self._pump_all()  # a take of nothing is satisfied before anything came
         try:
             await self._over
@@ -385,14 +389,22 @@ class Run:
                 if not task.cancelled() and (error := task.exception()) is not None:
                     self._keep_first(error)
 
+    def _begin(self, stage: str, work: Callable[[], Awaitable[None]]) -> asyncio.Task[None]:
+        """A part of the run as a task: what it raises by itself fails the run."""
+
+        async def watched() -> None:
+            try:
+                await work()
+            except BaseException as error:
+                if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                    raise
+                self.fail(as_failure(stage, error))
+
+        return self.loop.create_task(watched(), name=f"penstock {stage} {self.plan.name}")
+
     async def _read(self, reader: Reader) -> None:
-        try:
-            await reader.run()
-            self._has_read_all = True
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            self.fail(error)
+        await reader.run()
+        self._has_read_all = True
 
     def _no_more_items(self, reading: asyncio.Task[None]) -> None:
         """The source has ended, or was stopped by a drain or a ``take``: what was issued goes on."""
@@ -409,15 +421,8 @@ class Run:
 
     async def _commit_all(self) -> None:
         assert self._committer is not None
-        try:
-            await self._committer.run()
-        except asyncio.CancelledError:
-            if not self.ended:
-                raise
-        except BaseException as error:
-            self.fail(error)
-        else:
-            self._end()
+        await self._committer.run()
+        self._end()
 
     def outlet_closed(self) -> None:
         """Nothing more will come out; called by whoever consumes the outputs when it has them all."""
@@ -464,18 +469,8 @@ class Run:
 
     def _report_for_journal(self) -> dict[str, Any]:
         """The report as it will be when the last commit counts."""
-        pending = self.ledger.delta.counts
-        for fate, name in enumerate(FATES):
-            self.ledger.fates[fate] += pending.get(name, 0)
-            self.ledger.open -= pending.get(name, 0)
-        released, self.ledger.released, still = self.ledger.released, self.ledger.open, self.ledger.open
-        self.ledger.open = 0
-        report = self.report().to_dict()
-        self.ledger.released, self.ledger.open = released, still
-        for fate, name in enumerate(FATES):
-            self.ledger.fates[fate] -= pending.get(name, 0)
-            self.ledger.open += pending.get(name, 0)
-        return report
+        with self.ledger.as_committed():
+            return self.report().to_dict()
 
     async def _give_back(self) -> None:
         self.ledger.release()

@@ -27,7 +27,7 @@ from penstock.flow.ledger import DEAD, FILTERED, SKIPPED, Ledger
 from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, HELD, WAITING_INPUT, SegmentMeter
 from penstock.place.base import DROPPED, OK, PENDING, Pool, Task
 
-__all__ = ["READY", "SKIPPED_TAG", "Host", "MakePool", "Runner", "WorkSegment"]
+__all__ = ["READY", "SKIPPED_TAG", "Host", "MakePool", "Runner", "WorkSegment", "open_all"]
 
 READY = True
 SKIPPED_TAG = "skipped"
@@ -110,6 +110,24 @@ class Runner(ABC):
     async def abort(self) -> None:
         """Stop at once: when it returns, nothing of the segment runs any more."""
         self.stopped = True
+
+
+async def open_all(segments: Sequence[Runner], over: asyncio.Future[None]) -> None:
+    """Open them all at once. When one fails, or ``over`` is set meanwhile, the others are cancelled and awaited."""
+    opening = [asyncio.ensure_future(segment.open()) for segment in segments]
+    pending: set[asyncio.Future[None]] = set(opening)
+    while pending:
+        done, _ = await asyncio.wait({*pending, over}, return_when=asyncio.FIRST_COMPLETED)
+        pending -= done
+        if over.done() or any(task.cancelled() or task.exception() for task in opening if task.done()):
+            for task in pending:
+                task.cancel()
+            if pending:
+                await asyncio.wait(pending)
+            break
+    for task in opening:
+        if not task.cancelled():
+            task.result()
 
 
 class WorkSegment(Runner):
