@@ -9,6 +9,7 @@ import datetime as dt
 import gzip
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -24,14 +25,16 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from penstock.errors import DecodeError, MissingDependency, MissingInput, PlanError
+from penstock.errors import DecodeError, MissingDependency, MissingInput, PlanError, ResumeMismatch
 from penstock.files import lines as lines_module
 from penstock.files import read
 from penstock.files.lines import BadLine, read_lines
+from penstock.files.paths import partition_of
 from penstock.files.source import Unsettled
 from penstock.flow.contract import Failed, Unreadable
 from penstock.flow.flow import Flow
 from penstock.flow.progress import Intervals, Position, Positions, Progress
+from penstock.flow.text import printable
 
 
 @pytest.fixture(autouse=True)
@@ -479,6 +482,77 @@ def test_settled_records_are_not_decoded() -> None:
     """What is wrong with them was dealt with."""
     Path("a.jsonl").write_text("bad\n{}\n")
     assert read_all(read.jsonl("a.jsonl"), Positions({"a.jsonl": Intervals([(0, 1)])})) == [(("a.jsonl", 1), {})]
+
+
+# Names.
+
+
+ODD = os.fsdecode(b"caf\xe9")
+
+
+@pytest.fixture
+def _odd_names() -> None:
+    try:
+        Path(f"{ODD}.txt").write_text("1\n2\n")
+    except OSError:
+        pytest.skip("this system has no names but Unicode")
+    Path("plain.txt").write_text("3\n")
+
+
+@pytest.mark.usefixtures("_odd_names")
+@pytest.mark.parametrize("pattern", ["*.txt", f"{ODD}.txt", ["plain.txt", f"{ODD}.txt"]])
+def test_files_whose_names_are_not_unicode(pattern: Any) -> None:
+    job = read.lines(pattern).to("out.jsonl")
+    report = job.run_sync(progress=False)
+    str(report).encode()
+    count = report.delivered
+    assert count == (2 if pattern == f"{ODD}.txt" else 3)
+    assert "nothing to do" in str(job.run_sync(progress=False))
+    with open(f"{ODD}.txt", "a") as file:
+        file.write("4\n")
+    assert job.run_sync(progress=False).delivered == 1
+    Path(f"{ODD}.txt").write_text("5\n")
+    with pytest.raises(ResumeMismatch, match=r"udce9\.txt/ shrank"):
+        job.run_sync(progress=False)
+
+
+@pytest.mark.usefixtures("_odd_names")
+def test_what_cannot_be_read_in_a_file_whose_name_is_not_unicode() -> None:
+    Path(f"{ODD}.txt").rename(f"{ODD}.jsonl")
+    with open(f"{ODD}.jsonl", "a") as file:
+        file.write("bad\n")
+    read.jsonl("*.jsonl", on_error="dead_letter").to("out.db").run_sync(progress=False)
+    letters = read.dead("out.db").collect_sync()
+    assert sorted(letter.reason for letter in letters) == ["CannotEncode", "CannotEncode", "DecodeError"]
+    assert all(letter.position[0] == "caf\\udce9.jsonl/" for letter in letters)
+
+
+@pytest.mark.usefixtures("_odd_names")
+def test_paths_that_are_not_unicode_and_errors_that_name_them() -> None:
+    def broken(path: Path) -> None:
+        raise OSError(f"can't use {path}")
+
+    assert sorted(read.files("*.txt").map(Path.read_text).collect_sync()) == ["1\n2\n", "3\n"]
+    read.files("*.txt", on_error="dead_letter").map(broken).to("out.jsonl").run_sync(progress=False)
+    letters = read.dead("out.jsonl").collect_sync()
+    assert {letter.item for letter in letters} == {Path(f"{ODD}.txt"), Path("plain.txt")}
+    assert {letter.error for letter in letters} == {"can't use caf\\udce9.txt", "can't use plain.txt"}
+
+
+@pytest.mark.usefixtures("_odd_names")
+def test_each_file_has_a_partition_of_its_own() -> None:
+    names = [ODD, printable(ODD), printable(ODD) + ODD, ODD + printable(ODD), ODD * 2]
+    assert len({partition_of(name) for name in names}) == len(names)
+
+
+@pytest.mark.usefixtures("_odd_names")
+def test_an_output_whose_name_is_not_unicode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PlanError, match="the name isn't Unicode"):
+        read.lines("plain.txt").to(f"{ODD}.jsonl")
+    os.mkdir(ODD)
+    monkeypatch.chdir(ODD)
+    with pytest.raises(PlanError, match="the name isn't Unicode"):
+        read.lines("../plain.txt").to("out.jsonl").run_sync(progress=False)
 
 
 # Bounds and ends.

@@ -27,6 +27,7 @@ from penstock.flow.contract import Delta, JobId, Origin
 from penstock.flow.journal import Journal, journal_path, letters_identity
 from penstock.flow.lock import OutputLock
 from penstock.flow.progress import Known, Positions, Progress
+from penstock.flow.text import printable
 
 __all__ = ["Output"]
 
@@ -41,9 +42,15 @@ class Output(ABC):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
+        self._check_name(self.path)
         self._desk: Desk | None = None
         self._lock: OutputLock | None = None
         self._broken: BaseException | None = None
+
+    def _check_name(self, path: str) -> None:
+        if path != printable(path):
+            problem = f"write.{self.kind}({printable(path)!r}): the name isn't Unicode"
+            raise PlanError(problem, "Give one that is: SQLite, which keeps the journal, can't open others")
 
     def __repr__(self) -> str:
         return f"write.{self.kind}({self.path!r})"
@@ -111,6 +118,7 @@ class Output(ABC):
                 "Run it without fresh=True: what is redone is added to the output",
             )
         self.real = os.path.realpath(self.path)
+        self._check_name(self.real)
         with writing(self.path):
             make_directory(os.path.dirname(self.real))
             self._lock = OutputLock(self.real)

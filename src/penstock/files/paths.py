@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 
 from penstock.errors import MissingInput, PlanError
 from penstock.files.compressed import is_compressed, open_bytes
+from penstock.flow.text import printable
 
-__all__ = ["FileSet", "Pattern"]
+__all__ = ["FileSet", "Pattern", "partition_of"]
 
 Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 """A path, a glob with ``*``, ``?``, ``[…]`` or ``**``, or a list or tuple of those."""
@@ -28,6 +29,18 @@ _SAMPLES = 64
 _SAMPLE = 64 << 10
 _BLOCK = 1 << 20
 _NAMED = 3
+
+
+def partition_of(path: str) -> str:
+    r"""The partition that a file's records stand in: its path, if that is Unicode.
+
+    One that isn't is escaped and ends in a slash, as no file's path does, so that each has a partition of its own.
+
+    >>> partition_of("a.txt"), partition_of(os.fsdecode(b"\xe9.txt"))
+    ('a.txt', '\\udce9.txt/')
+    """
+    text = printable(path)
+    return path if text == path else printable(path.replace("\\", "\\\\")) + "/"
 
 
 class FileSet:
@@ -59,9 +72,9 @@ class FileSet:
     def identity(self) -> str:
         """The same for the same patterns: paths as they were given, not where they lead."""
         if len(self.patterns) <= _NAMED:
-            return f"{self.kind}:{','.join(self.patterns)}"
+            return f"{self.kind}:{','.join(map(partition_of, self.patterns))}"
         digest = hashlib.blake2b("\0".join(self.patterns).encode("utf-8", "surrogateescape"), digest_size=8)
-        return f"{self.kind}:{self.patterns[0]},… ({len(self.patterns)} paths, {digest.hexdigest()})"
+        return f"{self.kind}:{partition_of(self.patterns[0])},… ({len(self.patterns)} paths, {digest.hexdigest()})"
 
     def paths(self) -> list[str]:
         """The matching files, each once: sorted within a glob, globs in their order. Raises MissingInput."""
@@ -95,36 +108,36 @@ class FileSet:
             )
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
-        """Size, time and digest of each file. A file of the size and time of an earlier look isn't read again."""
+        """Size, time and digest of each file, by partition. One of the size and time of an earlier look isn't read."""
         taken = {}
         for path in self.paths():
             found = os.stat(path)
-            before = self._seen.get(path)
+            before = self._seen.get(partition_of(path))
             if before is None or not _same(before, found):
                 before = {"size": found.st_size}
                 if self._contents:
                     before["time"] = found.st_mtime_ns
                     before["digest"] = _digest(path, found.st_size)
-            taken[path] = before
+            taken[partition_of(path)] = before
         self._seen = taken
         return taken
 
     def changed(self, before: dict[str, dict[str, Any]]) -> str | None:
         """Which file differs from ``before``, and how; None if they only grew."""
-        current = set(self.paths())
-        for path, then in before.items():
-            if path not in current:
-                return f"{path} is gone"
-            how = self._changed(path, then)
+        current = {partition_of(path): path for path in self.paths()}
+        for partition, then in before.items():
+            if partition not in current:
+                return f"{partition} is gone"
+            how = self._changed(current[partition], then)
             if how is not None:
-                return f"{path} {how}"
+                return f"{partition} {how}"
         return None
 
     def _changed(self, path: str, then: dict[str, Any]) -> str | None:
         found = os.stat(path)
         size = then["size"]
         if _same(then, found):
-            self._seen[path] = then
+            self._seen[partition_of(path)] = then
             return None
         if not self._contents:
             return f"had {size:,} bytes and has {found.st_size:,} now"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from penstock.files.paths import FileSet
+from penstock.files.paths import FileSet, partition_of
 from penstock.flow.blocking import Desk, feed
 from penstock.flow.progress import Intervals, Position, Positions, Progress
 
@@ -25,7 +26,7 @@ BATCH_BYTES = 1 << 20
 class FileSource(ABC):
     """A Source over the files of a pattern, read one after the other in a thread of its own.
 
-    An item stands at (path as given, number of the record in the file, from 0).
+    An item stands at (path as given, number of the record in the file, from 0), also in errors; see ``partition_of``.
     """
 
     replayable = True
@@ -65,9 +66,15 @@ class FileSource(ABC):
         finally:
             await batches.aclose()
 
-    @abstractmethod
     def _batches(self, settled: Positions) -> Iterator[Batch]:
         """The items that aren't settled, in the reading thread."""
+        for path in self.files.paths():
+            partition = partition_of(path)
+            yield from self._of_file(path, partition, Unsettled(settled.of(partition)))
+
+    @abstractmethod
+    def _of_file(self, path: str, partition: str, unsettled: Unsettled) -> Iterator[Batch]:
+        """The items of one file that aren't settled, standing at (partition, number)."""
 
     # A file doesn't ask what became of its lines.
 
@@ -88,15 +95,14 @@ class PathSource(FileSource):
     """The matching files themselves, as paths; nothing of them is read."""
 
     def _batches(self, settled: Positions) -> Iterator[Batch]:
-        batch: Batch = []
-        for path in self.files.paths():
-            if (path, 0) not in settled:
-                batch.append(((path, 0), Path(path)))
-                if len(batch) >= BATCH:
-                    yield batch
-                    batch = []
-        if batch:
+        """Many files in a batch: each is but one item."""
+        files = super()._batches(settled)
+        while batch := [item for one in islice(files, BATCH) for item in one]:
             yield batch
+
+    def _of_file(self, path: str, partition: str, unsettled: Unsettled) -> Iterator[Batch]:
+        if unsettled.wanted(0, 1):
+            yield [((partition, 0), Path(path))]
 
 
 class Unsettled:

@@ -16,7 +16,6 @@ from penstock.files.source import BATCH, BATCH_BYTES, Batch, FileSource, Unsettl
 from penstock.files.text import BOM, checked_encoding
 from penstock.flow.codec import converter
 from penstock.flow.contract import Unreadable
-from penstock.flow.progress import Positions
 
 __all__ = ["CsvSource", "ParquetSource"]
 
@@ -32,13 +31,9 @@ class CsvSource(FileSource):
         self._encoding = checked_encoding(encoding)
         self._convert = converter(kind, text=True) if kind is not None else None
 
-    def _batches(self, settled: Positions) -> Iterator[Batch]:
+    def _of_file(self, path: str, partition: str, unsettled: Unsettled) -> Iterator[Batch]:
         if csv.field_size_limit() < MAX_LINE:  # the module's own limit is 128 KB, for the whole process
             csv.field_size_limit(MAX_LINE)
-        for path in self.files.paths():
-            yield from self._of_file(path, Unsettled(settled.of(path)))
-
-    def _of_file(self, path: str, unsettled: Unsettled) -> Iterator[Batch]:
         lines = _TextLines(path, self._encoding)
         header: list[str] | None = None
         record = 0
@@ -49,13 +44,13 @@ class CsvSource(FileSource):
                 wrong = _wrong_header(row)
                 if wrong is not None:
                     if unsettled.wanted(0, 1):
-                        yield [((path, 0), Unreadable(lines.text, DecodeError(path, 1, wrong)))]
+                        yield [((partition, 0), Unreadable(lines.text, DecodeError(partition, 1, wrong)))]
                     return
                 assert isinstance(row, list)
                 header = row
                 continue
             if unsettled.wanted(record, record + 1):
-                batch.append(((path, record), self._item(path, header, row, lines)))
+                batch.append(((partition, record), self._item(partition, header, row, lines)))
                 size += lines.size
                 if len(batch) >= BATCH or size >= BATCH_BYTES:
                     yield batch
@@ -64,7 +59,7 @@ class CsvSource(FileSource):
         if batch:
             yield batch
 
-    def _item(self, path: str, header: list[str], row: list[str] | Exception, lines: _TextLines) -> Any:
+    def _item(self, partition: str, header: list[str], row: list[str] | Exception, lines: _TextLines) -> Any:
         if isinstance(row, Exception):
             reason = str(row)
         elif len(row) != len(header):
@@ -77,7 +72,7 @@ class CsvSource(FileSource):
                 return self._convert(item)
             except (msgspec.ValidationError, ValueError, TypeError) as error:
                 reason = str(error)
-        return Unreadable(lines.text, DecodeError(path, lines.first, reason))
+        return Unreadable(lines.text, DecodeError(partition, lines.first, reason))
 
 
 def _wrong_header(row: list[str] | Exception) -> str | None:
@@ -165,48 +160,44 @@ class ParquetSource(FileSource):
         super().__init__(files)
         self._convert = converter(kind) if kind is not None else None
 
-    def _batches(self, settled: Positions) -> Iterator[Batch]:
-        for path in self.files.paths():
-            yield from self._of_file(path, Unsettled(settled.of(path)))
-
-    def _of_file(self, path: str, unsettled: Unsettled) -> Iterator[Batch]:
+    def _of_file(self, path: str, partition: str, unsettled: Unsettled) -> Iterator[Batch]:
         try:
             file = parquet_module().ParquetFile(path)
         except (arrow().ArrowException, OSError) as error:
-            yield from _damaged(path, 0, unsettled, error, "it is no intact Parquet file")
+            yield from _damaged(partition, 0, unsettled, error, "it is no intact Parquet file")
             return
         with file:
             group_start = 0
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
                 if not unsettled.passes_over(group_start, group_start + count):
-                    yield from self._of_group(path, file, group, group_start, unsettled)
+                    yield from self._of_group(partition, file, group, group_start, unsettled)
                 group_start += count
 
-    def _of_group(self, path: str, file: Any, group: int, start: int, unsettled: Unsettled) -> Iterator[Batch]:
+    def _of_group(self, partition: str, file: Any, group: int, start: int, unsettled: Unsettled) -> Iterator[Batch]:
         tables = file.iter_batches(batch_size=BATCH, row_groups=[group])
         while True:
             try:
                 table = next(tables, None)
             except (arrow().ArrowException, OSError) as error:
-                yield from _damaged(path, start, unsettled, error, "the Parquet data is damaged")
+                yield from _damaged(partition, start, unsettled, error, "the Parquet data is damaged")
                 return
             if table is None:
                 return
             for first, stop in unsettled.wanted(start, start + table.num_rows):
                 rows = _rows_of(table.slice(first - start, stop - first))
-                yield [((path, first + at), self._item(path, first + at, row)) for at, row in enumerate(rows)]
+                yield [((partition, first + at), self._item(partition, first + at, row)) for at, row in enumerate(rows)]
             start += table.num_rows
 
-    def _item(self, path: str, record: int, row: dict[str, Any] | Exception) -> Any:
+    def _item(self, partition: str, record: int, row: dict[str, Any] | Exception) -> Any:
         if isinstance(row, Exception):
-            return Unreadable(path, DecodeError(path, record + 1, str(row)))
+            return Unreadable(partition, DecodeError(partition, record + 1, str(row)))
         if self._convert is None:
             return row
         try:
             return self._convert(row)
         except (msgspec.ValidationError, ValueError, TypeError) as error:
-            return Unreadable(row, DecodeError(path, record + 1, str(error)))
+            return Unreadable(row, DecodeError(partition, record + 1, str(error)))
 
 
 def _rows_of(table: Any) -> list[dict[str, Any] | Exception]:
@@ -220,10 +211,10 @@ def _rows_of(table: Any) -> list[dict[str, Any] | Exception]:
     return rows
 
 
-def _damaged(path: str, record: int, unsettled: Unsettled, error: Exception, what: str) -> Iterator[Batch]:
+def _damaged(partition: str, record: int, unsettled: Unsettled, error: Exception, what: str) -> Iterator[Batch]:
     """Stands for all records of a file, or of a row group from ``record`` on, that can't be read. Raises what isn't
     the file's fault."""
     if isinstance(error, OSError) and error.errno is not None:  # codecs raise theirs without a number
         raise error
     if unsettled.wanted(record, record + 1):
-        yield [((path, record), Unreadable(path, DecodeError(path, record + 1, f"{what} ({error})")))]
+        yield [((partition, record), Unreadable(partition, DecodeError(partition, record + 1, f"{what} ({error})")))]

@@ -14,7 +14,6 @@ from penstock.files.paths import FileSet
 from penstock.files.source import BATCH, BATCH_BYTES, Batch, FileSource, Unsettled
 from penstock.flow.codec import decoder
 from penstock.flow.contract import Unreadable
-from penstock.flow.progress import Positions
 
 __all__ = ["BOM", "JsonLinesSource", "LineSource", "checked_encoding"]
 
@@ -34,11 +33,7 @@ class LineSource(FileSource):
         encoding = self._encoding
         return lambda line: str(line, encoding).removesuffix("\r")
 
-    def _batches(self, settled: Positions) -> Iterator[Batch]:
-        for path in self.files.paths():
-            yield from self._of_file(path, Unsettled(settled.of(path)))
-
-    def _of_file(self, path: str, unsettled: Unsettled) -> Iterator[Batch]:
+    def _of_file(self, path: str, partition: str, unsettled: Unsettled) -> Iterator[Batch]:
         decode = self._decoder()
         record = 0  # the number of the next record
         before = 0  # lines before these
@@ -56,8 +51,8 @@ class LineSource(FileSource):
                     try:
                         item = decode(line)  # type: ignore[arg-type]  # a BadLine raises TypeError
                     except _UNDECODABLE as error:
-                        item = _unreadable(path, before + at + 1, line, error)
-                    batch.append(((path, index), item))
+                        item = _unreadable(partition, before + at + 1, line, error)
+                    batch.append(((partition, index), item))
                     size += len(line)
                     if len(batch) >= BATCH or size >= BATCH_BYTES:
                         yield batch

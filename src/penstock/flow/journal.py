@@ -23,6 +23,7 @@ from penstock.flow.contract import Delta, Failed, JobId
 from penstock.flow.database import connect, opened_tables, reported
 from penstock.flow.ledger import DEAD
 from penstock.flow.progress import Intervals, Known, Position, Positions, Progress
+from penstock.flow.text import printable
 
 __all__ = ["LETTERS", "Journal", "journal_path", "letters_identity"]
 
@@ -256,7 +257,7 @@ class Journal:
             execute(
                 f"UPDATE {tables.dead} SET stage = ?, reason = ?, error = ?, attempts = attempts + ?, time = ? "
                 "WHERE letter = ?",
-                (failed.stage, failed.reason, failed.error, failed.attempts, time.time(), letter),
+                (failed.stage, failed.reason, printable(failed.error), failed.attempts, time.time(), letter),
             )
         settled = 0
         for start, stop in delta.settled.of(LETTERS):
@@ -343,8 +344,8 @@ class Journal:
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT(slot) DO UPDATE SET partition = excluded.partition, "
             "place = excluded.place, item = excluded.item, stage = excluded.stage, reason = excluded.reason, "
             "error = excluded.error, attempts = excluded.attempts, time = excluded.time",
-            (slot, partition, place, pack(failed.item), failed.stage, failed.reason, failed.error, failed.attempts,
-             time.time()),
+            (slot, partition, place, pack(failed.item), failed.stage, failed.reason, printable(failed.error),
+             failed.attempts, time.time()),
         )  # fmt: skip
 
     def _keep_report(self, report: dict[str, Any]) -> None:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-__all__ = ["WIDTH", "compact", "cut", "duration", "number", "percent", "rate", "table", "wrapped"]
+__all__ = ["WIDTH", "compact", "cut", "duration", "number", "percent", "printable", "rate", "table", "wrapped"]
 
 WIDTH = 100
 _NARROWEST = 5
 _LONG = 10**7
 _SCALES = ((10**12, "T"), (10**9, "G"), (10**6, "M"))
+
+
+def printable(text: str) -> str:
+    """The text with what isn't Unicode (bytes of a file's name, say) escaped, so that it can be stored and shown.
+
+    >>> printable("caf\\udce9.txt")
+    'caf\\\\udce9.txt'
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def number(count: int) -> str:
