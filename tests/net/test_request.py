@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from penstock.errors import CannotEncode, FetchError, PlanError
 from penstock.flow.codec import encode_json, pack, unpack
 from penstock.net.fetcher import Fetcher
-from penstock.net.redact import hide_values, is_secret_header, redact_url, secrets_in_url
+from penstock.flow.redact import hide_values, is_secret_header, redact_url, secrets_in_url
 from penstock.net.request import Request
 from penstock.testing import run_virtual
 

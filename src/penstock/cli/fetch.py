@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections.abc import Iterator
@@ -76,8 +77,9 @@ def read_limit(text: str | None, *, per_host: bool = False) -> Limit | None:
 def _listed(urls: str) -> Flow[str]:
     """The URLs, one a line; blank lines and those that begin with ``#`` are left out."""
     if urls == "-":
-        # What comes through a pipe can't be read again from where it was, so progress is kept by URL.
-        return Flow(_lines(), name="stdin", id=str, on_error="skip")
+        # What comes through a pipe can't be read again from where it was, so progress is kept by URL (by its digest:
+        # a URL may hold a credential).
+        return Flow(_lines(), name="stdin", id=_digest, on_error="skip")
     from penstock.files.read import lines
 
     return lines(urls, on_error="dead_letter").map(_strip).filter(_is_url)
@@ -88,6 +90,10 @@ def _lines() -> Iterator[str]:
         url = line.strip()
         if url and not url.startswith("#"):
             yield url
+
+
+def _digest(url: str) -> str:
+    return hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
 
 
 async def _strip(line: str) -> str:

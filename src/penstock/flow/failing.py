@@ -17,6 +17,7 @@ from penstock.flow.contract import Failed
 from penstock.flow.ledger import positions_of
 from penstock.flow.memory import position_of
 from penstock.flow.meter import StageMeter
+from penstock.flow.redact import redact
 from penstock.flow.report import ErrorLog
 from penstock.flow.retry import Retry
 from penstock.place.base import DIED, TIMED_OUT, Task, as_failure
@@ -43,9 +44,9 @@ class Verdict(NamedTuple):
 
 
 def short(value: Any) -> str:
-    """A value in at most 200 characters, whatever its repr does."""
+    """A value in at most 200 characters, whatever its repr does, and without a URL's credentials."""
     try:
-        text = repr(value)
+        text = redact(repr(value))
     except Exception as error:
         text = f"<{type(value).__name__} whose repr raised {type(error).__name__}>"
     return text if len(text) <= 200 else f"{text[:197]}..."

@@ -15,7 +15,7 @@ from penstock.errors import FetchError
 from penstock.net.address import canonical_host
 from penstock.net.decoding import Corrupt, make_decoder
 from penstock.net.fetched import decode_text, is_text
-from penstock.net.redact import hide_values, is_secret_header, redact_url, secrets_in_url
+from penstock.flow.redact import hide_values, is_secret_header, redact_url, secrets_in_url
 from penstock.net.request import Request
 from penstock.net.saving import MemorySink, Sink
 from penstock.net.timing import Watch

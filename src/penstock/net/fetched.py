@@ -10,7 +10,7 @@ import msgspec
 
 from penstock.errors import DecodeError
 from penstock.flow.codec import decoder
-from penstock.net.redact import redact_url
+from penstock.flow.redact import redact_url
 from penstock.net.row import Row
 
 __all__ = ["Fetched", "decode_text", "is_text"]

@@ -17,7 +17,7 @@ from penstock.errors import FetchError, PlanError
 from penstock.flow.retry import Retry
 from penstock.net.address import Guard
 from penstock.net.fetched import Fetched
-from penstock.net.redact import redact_url
+from penstock.flow.redact import redact_url
 from penstock.net.refusals import REFUSED, Refusals
 from penstock.net.repeating import as_fetch_retry
 from penstock.net.request import Request, check_url

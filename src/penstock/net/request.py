@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlencode, urlsplit
 
 from penstock.errors import PlanError
 from penstock.flow.codec import encode_json
-from penstock.net.redact import HIDDEN, redact_headers, redact_url
+from penstock.flow.redact import HIDDEN, redact_headers, redact_url
 from penstock.net.row import Row
 
 __all__ = ["IDEMPOTENT", "Request", "basic_login", "check_url"]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 __all__ = [
     "HIDDEN",
     "hide_values",
     "is_secret_field",
     "is_secret_header",
+    "redact",
     "redact_headers",
     "redact_url",
     "secrets_in_url",
@@ -76,6 +78,26 @@ _FIELD = re.compile(r"([?&;#])([^=&;#?]*)=([^&;#]*)")
 def _hide_field(found: re.Match[str]) -> str:
     mark, name, value = found.groups()
     return f"{mark}{name}={HIDDEN if value and is_secret_field(name) else value}"
+
+
+_FIELD_IN_TEXT = re.compile(r"([?&;#])([^=&;#?\s'\"]*)=([^&;#\s'\"]*)")
+_LOGIN = re.compile(r"(?<=://)[^\s/?#'\"@]+@")
+
+
+def redact(value: Any) -> Any:
+    """An item as it may be kept and shown: the URLs in it, at any depth of dicts and lists, without credentials.
+
+    >>> redact({"id": 7, "pages": ["https://me:hunter2@example.com/?sig=abc"]})
+    {'id': 7, 'pages': ['https://***@example.com/?sig=***']}
+    """
+    kind = type(value)
+    if kind is str:
+        return _FIELD_IN_TEXT.sub(_hide_field, _LOGIN.sub(f"{HIDDEN}@", value)) if "://" in value else value
+    if kind is dict:
+        return {key: redact(one) for key, one in value.items()}
+    if kind is list or kind is tuple:
+        return kind(map(redact, value))
+    return value
 
 
 def secrets_in_url(text: str) -> list[str]:
