@@ -347,33 +347,40 @@ class OutputInUse(PenstockError, RuntimeError):
 
 
 class ForeignOutput(PenstockError, RuntimeError):
-    """The output at ``path`` holds what no journal accounts for; it is left untouched."""
+    """The output at ``path`` isn't what its journal, or the lack of one, says; it is left untouched."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
+    def __init__(
+        self,
+        path: str,
+        reason: str,
+        remedy: str = "What it didn't write penstock never cuts: move it away (with its journal, if it has one), write "
+        "to another output, or run with fresh=True (--fresh) to overwrite it",
+    ) -> None:
+        super().__init__(path, reason, remedy)
         self.path = path
         self.reason = reason
+        self.remedy = remedy
 
     def __str__(self) -> str:
-        return (
-            f"{self.path} {self.reason}; penstock never cuts what it didn't write. Move it away, write to "
-            "another output, or run with fresh=True (--fresh) to overwrite it"
-        )
+        return f"{self.path} {self.reason}. {self.remedy}"
 
 
 class JournalError(PenstockError, RuntimeError):
-    """The journal at ``path`` can't be used: corrupt, from a newer version, or no journal at all."""
+    """The journal at ``path`` can't be used: corrupt, unreadable, from a newer version, or no journal at all."""
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
+    def __init__(
+        self,
+        path: str,
+        reason: str,
+        remedy: str = "Restore it from a copy, or run with fresh=True (--fresh) to start over",
+    ) -> None:
+        super().__init__(path, reason, remedy)
         self.path = path
         self.reason = reason
+        self.remedy = remedy
 
     def __str__(self) -> str:
-        return (
-            f"the journal {self.path} can't be used: {self.reason}. Restore it from a copy, or run with "
-            "fresh=True (--fresh) to start over"
-        )
+        return f"the journal {self.path} can't be used: {self.reason}. {self.remedy}"
 
 
 class DecodeError(PenstockError, ValueError):
@@ -415,7 +422,7 @@ class IdError(PenstockError, ValueError):
 
 
 class WriteFailed(PenstockError, OSError):
-    """Writing ``path`` failed (a full disk, say). What was committed before is safe."""
+    """Writing ``path`` failed (a full disk, no permission). What was committed before is safe."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)
@@ -423,7 +430,7 @@ class WriteFailed(PenstockError, OSError):
         self.reason = reason
 
     def __str__(self) -> str:
-        remedy = "Make space, or whatever it needs, and run again: it goes on"
+        remedy = "Make space, give permission, or whatever it needs, and run again: it goes on"
         return f"{self.path} can't be written: {self.reason}. {remedy}"
 
 

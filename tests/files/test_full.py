@@ -69,22 +69,30 @@ def test_a_full_disk_is_named_and_the_next_run_goes_on(
     lines = shown.stdout.splitlines()
     [failed] = [line for line in lines if line.startswith("failed")]
     assert name in failed
-    assert "Make space, or whatever it needs, and run again" in failed
+    assert "Make space, give permission, or whatever it needs, and run again" in failed
     assert lines[-1] == "went on from 400"
     assert rows_of(name) == list(range(400))
     assert sorted(os.listdir()) == sorted({name, name if name == "out.db" else f"{name}.journal"})
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS])
-def test_disk_trouble_is_reported_with_the_path(code: int) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES])
+def test_what_the_system_refuses_is_reported_with_the_path(code: int) -> None:
     with pytest.raises(WriteFailed, match=r"a\.jsonl can't be written") as caught, disk.writing("a.jsonl"):
         raise OSError(code, os.strerror(code))
     assert caught.value.path == "a.jsonl"
 
 
-def test_other_errors_are_themselves() -> None:
-    with pytest.raises(PermissionError), disk.writing("a.jsonl"):
-        raise PermissionError(errno.EACCES, "no")
+def test_another_file_than_the_output_is_named_too() -> None:
+    said = r"a\.jsonl can't be written: no \(a\.jsonl\.lock\)\. Make space, give permission"
+    with pytest.raises(WriteFailed, match=said), disk.writing("a.jsonl"):
+        raise PermissionError(errno.EACCES, "no", "a.jsonl.lock")
+
+
+def test_errors_of_penstock_are_themselves() -> None:
+    error = WriteFailed("a.jsonl.journal", "a reason")
+    with pytest.raises(WriteFailed) as caught, disk.writing("a.jsonl"):
+        raise error
+    assert caught.value is error
 
 
 def test_whole_buffers_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

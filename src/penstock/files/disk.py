@@ -8,22 +8,21 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from penstock.errors import WriteFailed
+from penstock.errors import PenstockError, WriteFailed
 
 __all__ = ["make_directory", "sync_directory", "sync_file", "write_whole", "writing"]
-
-_DISK_TROUBLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 @contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Raise WriteFailed, which names ``path``, for a disk that is full, over quota or broken."""
+    """Raise WriteFailed, which names ``path``, for whatever the system refuses: a full disk, no permission."""
     try:
         yield
+    except PenstockError:  # some of them are OSErrors
+        raise
     except OSError as error:
-        if error.errno not in _DISK_TROUBLE:
-            raise
-        raise WriteFailed(path, error.strerror or str(error)) from error
+        where = f" ({error.filename})" if error.filename not in (None, path) else ""
+        raise WriteFailed(path, f"{error.strerror or error}{where}") from error
 
 
 def write_whole(descriptor: int, data: bytes) -> None:
@@ -56,6 +55,8 @@ def make_directory(path: str) -> None:
     """Make a directory and those above it, so that they are still there after a power cut."""
     if os.path.isdir(path):
         return
+    if os.path.lexists(path):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
     above = os.path.dirname(path)
     make_directory(above)
     os.makedirs(path, exist_ok=True)

@@ -29,7 +29,13 @@ from penstock.flow.lock import OutputLock
 from penstock.flow.progress import Known, Positions, Progress
 from penstock.flow.text import printable
 
-__all__ = ["Output"]
+__all__ = ["ELSEWHERE", "START_OVER", "Output"]
+
+ELSEWHERE = "Write to another output"
+"""What to do about an output that can't be one."""
+
+START_OVER = "Restore it, or run with fresh=True (--fresh) to start over"
+"""What to do about an output that has lost what its journal counts."""
 
 
 class Output(ABC):

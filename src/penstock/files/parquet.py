@@ -16,7 +16,7 @@ from typing import Any
 from penstock.errors import CannotEncode, ForeignOutput, OutputRejected, PlanError, ResumeMismatch
 from penstock.files.columns import arrow, columns_of, infer, parquet_module, refusal
 from penstock.files.disk import make_directory, sync_directory, sync_file, write_whole
-from penstock.files.output import Output
+from penstock.files.output import START_OVER, Output
 from penstock.files.rows import each_row
 from penstock.flow.contract import Delta, Origin
 from penstock.flow.journal import Journal
@@ -125,7 +125,8 @@ class ParquetOutput(Output):
         counted = {_shown(number) for number in range(self._parts)}
         lost = sorted(counted - there)
         if lost:
-            raise ForeignOutput(self.path, f"has lost {lost[0]}, which its journal counts ({len(lost)} in all)")
+            reason = f"has lost {lost[0]}, which its journal counts ({len(lost)} in all)"
+            raise ForeignOutput(self.path, reason, START_OVER)
         further = sorted(name for name in there - counted if name.endswith(".parquet") and not name.startswith("."))
         if further:
             raise ForeignOutput(self.path, f"holds {further[0]}, which its journal doesn't count")

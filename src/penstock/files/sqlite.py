@@ -15,7 +15,7 @@ from contextlib import closing
 from typing import Any
 
 from penstock.errors import CannotEncode, ForeignOutput, OutputRejected, PlanError, WriteFailed
-from penstock.files.output import Output
+from penstock.files.output import ELSEWHERE, START_OVER, Output
 from penstock.files.rows import cell, each_row
 from penstock.flow.contract import Delta, Origin
 from penstock.flow.database import Tables, connect, has_table, read_only, reported
@@ -121,7 +121,7 @@ class SqliteOutput(Output):
 
     def _is_database(self) -> bool:
         if not os.path.isfile(self.real):
-            raise ForeignOutput(self.path, "is not a regular file")
+            raise ForeignOutput(self.path, "is not a regular file", ELSEWHERE)
         import apsw
 
         # Asked through SQLite: closing a descriptor of our own would drop the locks that this process holds on it.
@@ -149,7 +149,7 @@ class SqliteOutput(Output):
                 f"It has: {', '.join(self._columns)}",
             )
         if journal.state and not found:
-            raise ForeignOutput(self.path, f"has lost its table {self.table!r}, which its journal knows")
+            raise ForeignOutput(self.path, f"has lost its table {self.table!r}, which its journal knows", START_OVER)
         self._has_rules = self._columns is not None and not self._is_plain(journal.connection, self._columns)
 
     def _is_plain(self, connection: Any, columns: list[str]) -> bool:

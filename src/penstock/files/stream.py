@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from penstock.errors import ForeignOutput
 from penstock.files.compressed import is_compressed, zstandard
 from penstock.files.disk import sync_directory, sync_file, write_whole
-from penstock.files.output import Output
+from penstock.files.output import ELSEWHERE, START_OVER, Output
 from penstock.flow.contract import Delta, Origin
 from penstock.flow.journal import Journal
 
@@ -77,7 +77,7 @@ class StreamOutput(Output):
         except FileNotFoundError:
             found = None
         if found is not None and not stat.S_ISREG(found.st_mode):
-            raise ForeignOutput(self.path, "is not a regular file")
+            raise ForeignOutput(self.path, "is not a regular file", ELSEWHERE)
         if fresh:
             for path in (f"{self.journal}-wal", f"{self.journal}-shm", self.journal):
                 if os.path.lexists(path):
@@ -93,6 +93,8 @@ class StreamOutput(Output):
         self._begun = False
         self._compressor: _Compressor | None = None
         is_new = not os.path.exists(self.real)
+        if is_new and journal.state.get("length"):
+            raise ForeignOutput(self.path, f"is gone, but its journal is still there: {journal.path}", START_OVER)
         descriptor = os.open(self.real, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             if is_new:
@@ -109,7 +111,8 @@ class StreamOutput(Output):
         length: int = journal.state.get("length", 0)
         size = os.fstat(descriptor).st_size
         if size < length:
-            raise ForeignOutput(self.path, f"holds {size:,} bytes, fewer than the {length:,} its journal counts")
+            reason = f"holds {size:,} bytes, fewer than the {length:,} its journal counts"
+            raise ForeignOutput(self.path, reason, START_OVER)
         self._tail = os.pread(descriptor, min(length, _TAIL), max(0, length - _TAIL))
         if length and _digest(self._tail) != journal.state["tail"]:
             raise ForeignOutput(self.path, "was changed: its last counted bytes aren't those its journal knows")

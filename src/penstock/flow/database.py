@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+from urllib.parse import quote
 
 from penstock.errors import JournalError, WriteFailed
 
@@ -17,6 +18,7 @@ __all__ = ["VERSION", "Tables", "connect", "has_table", "opened_tables", "read_o
 
 VERSION = 1
 _TIMEOUT = 30_000
+_ELSEWHERE = "Move it away, or write to another output"
 
 # AUTOINCREMENT: the number of a letter that was settled is never given to another one.
 _SCHEMA = """
@@ -69,11 +71,12 @@ class Tables:
             return False
         version = connection.execute(f"SELECT value FROM {self.meta} WHERE name = 'version'").get
         if not isinstance(version, int):
-            raise JournalError(connection.filename, f"its table {name!r} isn't a journal's")
+            raise JournalError(connection.filename, f"its table {name!r} isn't a journal's", _ELSEWHERE)
         if version > VERSION:
             raise JournalError(
                 connection.filename,
-                f"a newer penstock wrote it (format {version}; this one reads up to {VERSION}); upgrade penstock",
+                f"a newer penstock wrote it (format {version}; this one reads up to {VERSION})",
+                "Upgrade penstock, or write to another output",
             )
         return True
 
@@ -111,38 +114,68 @@ def opened_tables(connection: Any, prefix: str) -> Tables:
         if not tables.exist(connection):
             other = connection.execute("SELECT name FROM sqlite_schema LIMIT 1").get
             if other is not None and not prefix:
-                raise JournalError(connection.filename, f"it is a database without a journal (it holds {other!r})")
+                reason = f"it is a database without a journal (it holds {other!r})"
+                raise JournalError(connection.filename, reason, _ELSEWHERE)
             tables.create(connection)
     return tables
 
 
 def read_only(path: str) -> Any:
-    """Open the database at ``path`` to read from it, also while a job writes it. The file must exist."""
+    """Open the database at ``path`` to read from it, also while a job writes it. The file must exist.
+
+    Reading in WAL mode goes by an index beside the database, which a reader makes if it isn't there and it may write
+    there. If it may not, and there is no log either, the database lies still: it is read as it is. Raises JournalError
+    where it can't be read.
+    """
     import apsw
 
-    with reported(path):
-        try:
-            # Not SQLITE_OPEN_READONLY: reading a WAL database needs its shared index, which may have to be made.
-            connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READWRITE)
-        except (apsw.CantOpenError, apsw.ReadOnlyError):
-            connection = apsw.Connection(path, flags=apsw.SQLITE_OPEN_READONLY)
+    uri = f"file:{quote(path)}?immutable=1"
+    ways = [(path, apsw.SQLITE_OPEN_READWRITE), (path, apsw.SQLITE_OPEN_READONLY)]
+    with reported(path, "read"):
+        while True:
+            name, flags = ways.pop(0)
+            try:
+                return _opened_to_read(name, flags)
+            except (apsw.CantOpenError, apsw.ReadOnlyError, apsw.PermissionsError):
+                if not ways and name != uri and os.access(path, os.R_OK) and not os.path.exists(f"{path}-wal"):
+                    ways.append((uri, apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI))
+                if not ways:
+                    raise
+
+
+def _opened_to_read(name: str, flags: int) -> Any:
+    import apsw
+
+    connection = apsw.Connection(name, flags=flags)
+    try:
         connection.set_busy_timeout(_TIMEOUT)
         connection.execute("PRAGMA query_only = ON")
-        return connection
+        with suppress(apsw.NotADBError, apsw.CorruptError):  # for whoever asks it something
+            connection.execute("SELECT 1 FROM sqlite_schema")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 @contextmanager
-def reported(path: str) -> Iterator[None]:
-    """Turn what SQLite raises into penstock's errors, which name the file."""
+def reported(path: str, doing: str = "write") -> Iterator[None]:
+    """Turn what SQLite raises into penstock's errors, which name the file. ``doing``: ``"read"`` or ``"write"``."""
     import apsw
 
     try:
         yield
     except (apsw.NotADBError, apsw.CorruptError, apsw.FormatError) as error:
         raise JournalError(path, f"it is no intact SQLite database ({error})") from error
-    except (apsw.FullError, apsw.IOError) as error:
-        raise WriteFailed(path, str(error)) from error
     except (apsw.BusyError, apsw.LockedError) as error:
-        raise WriteFailed(path, f"another program holds it locked ({error})") from error
-    except (apsw.CantOpenError, apsw.PermissionsError, apsw.ReadOnlyError) as error:
-        raise JournalError(path, f"it can't be opened for writing ({error})") from error
+        raise _failed(path, doing, f"another program holds it locked ({error})") from error
+    except (apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.PermissionsError, apsw.ReadOnlyError) as error:
+        raise _failed(path, doing, str(error)) from error
+    except (apsw.ConstraintError, apsw.SQLError) as error:  # somebody changed the tables meanwhile
+        raise _failed(path, doing, str(error)) from error
+
+
+def _failed(path: str, doing: str, reason: str) -> Exception:
+    if doing == "write":
+        return WriteFailed(path, reason)
+    return JournalError(path, reason, "Look whether you may read it, and its directory")

@@ -40,12 +40,9 @@ def find_journal(output: str, table: str | None = None) -> tuple[str, str | None
     if not os.path.isfile(output):
         raise MissingInput(beside)
     real = os.path.realpath(output)
+    connection = read_only(real)
     try:
-        connection = read_only(real)
-    except JournalError:
-        raise MissingInput(beside) from None
-    try:
-        with reported(real):
+        with reported(real, "read"):
             names = connection.execute(
                 "SELECT name FROM sqlite_schema WHERE type = 'table' AND name GLOB ? ORDER BY name",
                 (f"{PREFIX}*_meta",),
@@ -78,7 +75,7 @@ class JournalReader:
         self._connection = read_only(self.path)
         self._tables = Tables("" if self.table is None else tables_prefix(self.table))
         try:
-            with reported(self.path):
+            with reported(self.path, "read"):
                 if not self._tables.exist(self._connection):
                     raise JournalError(self.path, "it holds no journal")
                 self.id: str = self._connection.execute(f"SELECT value FROM {self._tables.meta} WHERE name = 'id'").get
@@ -93,7 +90,7 @@ class JournalReader:
 
     def letters(self, after: int, last: int, limit: int) -> list[tuple[int, Failed]]:
         """The first ``limit`` letters with numbers in (after, last], and their numbers."""
-        with reported(self.path):
+        with reported(self.path, "read"):
             rows = self._connection.execute(
                 f"SELECT letter, item, partition, place, stage, reason, error, attempts FROM {self._tables.dead} "
                 "WHERE letter > ? AND letter <= ? ORDER BY letter LIMIT ?",
@@ -106,12 +103,12 @@ class JournalReader:
 
     def counts(self) -> dict[str, int]:
         """What became of all source items so far: delivered, filtered, skipped, dead."""
-        with reported(self.path):
+        with reported(self.path, "read"):
             return dict(self._connection.execute(f"SELECT name, amount FROM {self._tables.counts}"))
 
     def runs(self) -> list[dict[str, Any]]:
         """The reports of the last hundred runs, oldest first."""
-        with reported(self.path):
+        with reported(self.path, "read"):
             rows = self._connection.execute(f"SELECT report FROM {self._tables.runs} ORDER BY run").fetchall()
         return [msgspec.json.decode(report) for (report,) in rows]
 
@@ -119,5 +116,5 @@ class JournalReader:
         self._connection.close()
 
     def _ask(self, query: str) -> Any:
-        with reported(self.path):
+        with reported(self.path, "read"):
             return self._connection.execute(query).get
