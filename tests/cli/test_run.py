@@ -167,6 +167,38 @@ def test_what_cant_be_run_is_said_in_one_sentence(tmp_path: Path, target: str, t
     assert not (tmp_path / "a.jsonl").exists() or not (tmp_path / "a.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    ("text", "begins", "ends"),
+    [
+        ("job = ps.Flow([1]).to('x.jsonl'", '  File "{file}", line 2', "SyntaxError: '(' was never closed"),
+        (
+            "def f():\n    1 / 0\nf()",
+            'Traceback (most recent call last):\n  File "{file}", line 4, in <module>',
+            "ZeroDivisionError: division by zero",
+        ),
+        (
+            "def f(x):\n    return 1 / x\njob = ps.Flow([0]).map(f).to('x.jsonl')",
+            'Traceback (most recent call last):\n  File "{file}", line 3, in f',
+            "at stage 'f', item 0: 0",
+        ),
+    ],
+)
+def test_the_traceback_begins_in_the_user_s_file(tmp_path: Path, text: str, begins: str, ends: str) -> None:
+    file = write(tmp_path, text)
+    result = penstock(tmp_path, "run", "jobs.py")
+    assert result.returncode == 1
+    assert result.stderr.startswith(begins.format(file=file))
+    assert result.stderr.rstrip().endswith(ends)
+
+
+def test_an_output_that_cannot_be_made_is_said_in_one_sentence(tmp_path: Path) -> None:
+    write(tmp_path, "job = ps.Flow([1]).to('jobs.py/x.jsonl')")
+    result = penstock(tmp_path, "run", "jobs.py")
+    assert result.returncode == 1
+    (said,) = result.stderr.splitlines()
+    assert said.startswith("penstock: jobs.py/x.jsonl can't be written: Not a directory")
+
+
 def test_bad_arguments_exit_2(tmp_path: Path) -> None:
     for arguments in (["run"], ["run", "jobs.py", "--frsh"], ["walk"], ["torture", "jobs.py", "--kills", "0"]):
         result = penstock(tmp_path, *arguments)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 
 from penstock.errors import MissingDependency, MissingInput, PenstockError, PlanError, SourceExhausted
 
@@ -21,7 +24,8 @@ _BAD = (PlanError, MissingInput, MissingDependency, SourceExhausted)
 def outcome(work: Callable[[], int]) -> int:
     """Do a command's work and return its exit code, having said on stderr what went wrong.
 
-    What penstock raises is one sentence (and its notes); what the user's own code raises keeps its traceback.
+    What penstock raises is one sentence (and its notes); what the user's own code raises keeps its traceback, from
+    where that code begins.
     What can't be run at all is one line, with the place in the file if that is known. A drained SIGINT or SIGTERM
     counts as interrupted.
     """
@@ -42,8 +46,19 @@ def outcome(work: Callable[[], int]) -> int:
         _say_error(error)
         return FAILED
     except Exception as error:
-        traceback.print_exception(error)
+        traceback.print_exception(type(error), error, _from_user_code(error))
         return FAILED
+
+
+def _from_user_code(error: Exception) -> TracebackType | None:
+    """The traceback without what called the user's code; all of it if there is none: the fault is penstock's."""
+    folders = (os.path.dirname(os.path.dirname(__file__)), sysconfig.get_path("stdlib"))
+    ours = (*(os.path.join(folder, "") for folder in folders), "<frozen")
+    found = error.__traceback__
+    while found is not None and found.tb_frame.f_code.co_filename.startswith(ours):
+        found = found.tb_next
+    is_outside = found is not None or isinstance(error, SyntaxError)  # which names its place by itself
+    return found if is_outside else error.__traceback__
 
 
 def say(text: str) -> None:
