@@ -9,6 +9,7 @@ import datetime as dt
 import enum
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -722,6 +723,44 @@ def test_parquet_with_a_schema() -> None:
     assert "the schema has no column more" in found[5]
     assert rejected(sink, wrong)[0][0] == 8
     assert len(parts()) == 2
+
+
+def test_parquet_takes_what_has_a_plain_form() -> None:
+    values = [
+        {"a": np.ones((2, 3)), "b": Colour.RED, "c": Path("x"), "d": {"deep": [np.zeros((1, 2))]}, "e": np.array(5)},
+        {"a": np.zeros((1, 1)), "b": Colour.RED, "c": None, "d": None, "e": np.array(6)},
+    ]
+    write_all(write.parquet("out.parquet"), values)
+    assert pq.read_table("out.parquet").to_pylist() == [
+        {"a": [[1.0] * 3] * 2, "b": Colour.RED.value, "c": "x", "d": {"deep": [[[0.0, 0.0]]]}, "e": 5},
+        {"a": [[0.0]], "b": Colour.RED.value, "c": None, "d": None, "e": 6},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(10**30, "1(0){30} has no type in Parquet"), (object(), "has no type in Parquet"), ({"x": 1j}, "has no type in")],
+)
+def test_parquet_says_why_a_value_has_no_type(value: Any, reason: str) -> None:
+    ((index, said),) = rejected(write.parquet("out.parquet"), [{"a": None}, {"a": value}])
+    assert index == 1
+    assert re.search(reason, said)
+    assert "null in all" not in said
+
+
+AWARE = dt.datetime(2026, 1, 2, tzinfo=dt.UTC)
+NAIVE = dt.datetime(2026, 1, 2)  # noqa: DTZ001  # what it is about
+
+
+@pytest.mark.parametrize("wrap", [lambda one: one, lambda one: [one], lambda one: {"x": [one]}])
+def test_parquet_mixes_no_datetimes_with_and_without_time_zone(wrap: Any) -> None:
+    for first, second, reason in [
+        (AWARE, NAIVE, "the column has a time zone, and it has none"),
+        (NAIVE, AWARE, "it has a time zone, and the column has none"),
+    ]:
+        ((index, said),) = rejected(write.parquet("out.parquet"), [{"a": wrap(first)}, {"a": wrap(second)}])
+        assert index == 1
+        assert reason in said
 
 
 def test_parquet_infers_its_schema_from_the_first_rows() -> None:
