@@ -539,6 +539,15 @@ def test_sqlite_into_a_table_that_is_there() -> None:
     assert table('SELECT * FROM "my ""table"') == [(1, None), (5, 2)]
 
 
+@pytest.mark.parametrize("raw", [b"raw", bytearray(b"raw"), memoryview(b"raw"), type("Bytes", (bytes,), {})(b"raw")])
+def test_bytes_of_all_kinds_are_bytes(raw: Any) -> None:
+    write_all(write.sqlite("out.db"), [{"a": raw}])
+    assert table() == [(b"raw",)]
+    assert "CSV holds text; decode it first" in rejected(write.csv("out.csv"), [{"a": raw}])[0][1]
+    write_all(write.parquet("out.parquet"), [{"a": raw}])
+    assert pq.read_table("out.parquet").to_pylist() == [{"a": b"raw"}]
+
+
 RULES = [
     ("a INTEGER NOT NULL CHECK(a > 0), b UNIQUE", "CHECK constraint failed: a > 0", {"a": -1}),
     ("a INTEGER NOT NULL CHECK(a > 0), b UNIQUE", "NOT NULL constraint failed: outputs.a", {"b": 8}),

@@ -155,6 +155,35 @@ def test_items_of_a_script_are_read_by_another(tmp_path: Path) -> None:
     assert unpack(gone) == "Mine(x=3)"
 
 
+def cyclic() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ({(1, 2): 3}, "the keys of JSON's objects are text, and (1, 2) is a tuple"),
+        ({None: 1}, "the keys of JSON's objects are text, and None is a NoneType"),
+        ([{"a": ({"b": 1}, {frozenset(): 2})}], "the keys of JSON's objects are text, and frozenset() is a frozenset"),
+        (Point({object: 1}), "the keys of JSON's objects are text, and <class 'object'> is a type"),  # type: ignore[arg-type]
+        (cyclic(), "it is nested too deeply, or holds itself"),
+        ({"a": 1j}, "JSON has no form for a complex"),
+        (Point(1j), "JSON has no form for a complex"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_has_no_json_form_is_named(value: Any, reason: str) -> None:
+    with pytest.raises(CannotEncode) as raised:
+        encode_json(value, "out.jsonl")
+    assert raised.value.reason == reason
+
+
+@pytest.mark.parametrize("key", [1, 1.5, True, np.int64(4), Colour.RED, dt.date(2026, 1, 2), b"x"])
+def test_keys_with_a_form_as_text(key: Any) -> None:
+    assert encode_json({key: 1})[:2] == b'{"'
+
+
 @given(json_values)
 def test_json_is_read_back(value: Any) -> None:
     try:

@@ -46,10 +46,13 @@ def fits(row: Mapping[str, Any], columns: Sequence[str], target: str) -> None:
 
 
 def cell(value: Any, target: str) -> Any:
-    """A value for one cell: None, str, int, float and bytes as they are; numpy scalars as numbers, dates, paths and
-    Enums as text, and whatever has parts (lists, dicts, arrays) as JSON. Raises CannotEncode."""
+    """A value for one cell: None, str, int, float and bytes (also as bytearray or memoryview) as they are; numpy
+    scalars as numbers, dates, paths and Enums as text, and whatever has parts (lists, dicts, arrays) as JSON. Raises
+    CannotEncode."""
     if value is None or type(value) in (str, int, float, bytes):
         return value
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.generic):
         return cell(value.item(), target)

@@ -134,7 +134,42 @@ def encode_json(value: Any, target: str = "JSON") -> bytes:
     try:
         return _encoder.encode(value)
     except _REFUSALS as error:
-        raise CannotEncode(target, type(value).__name__, str(error)) from None
+        raise CannotEncode(target, type(value).__name__, _why(value, error)) from None
+
+
+def _why(value: Any, error: Exception) -> str:
+    """Why a value has no JSON form. What the encoder says of a dict's key is of no use: it asks for a plainer value."""
+    try:
+        found = _bad_key(value)
+    except RecursionError:
+        return "it is nested too deeply, or holds itself"
+    if found is not None:
+        return f"the keys of JSON's objects are text, and {_brief(found[0])} is {_article(found[0])}"
+    return "it is nested too deeply, or holds itself" if isinstance(error, RecursionError) else str(error)
+
+
+def _article(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _bad_key(value: Any) -> tuple[Any] | None:
+    """The first key in a value (in a tuple, since it may be None) that has no form as text."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            if type(key) is not str:
+                try:
+                    _encoder.encode({key: None})
+                except _REFUSALS:
+                    return (key,)
+            found = _bad_key(part)
+            if found is not None:
+                return found
+    elif isinstance(value, (list, tuple, AbstractSet, deque)):
+        return next(filter(None, map(_bad_key, value)), None)
+    elif isinstance(value, msgspec.Struct) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        return _bad_key(row_of(value, ""))
+    return None
 
 
 def encode_lines(values: list[Any], target: str = "JSON") -> bytes:
