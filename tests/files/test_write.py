@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import datetime as dt
 import enum
+import gzip
 import json
 import os
 import re
@@ -23,6 +24,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tests.files.sinks import JOB, NAMES, STREAMS, outputs, rows_of, run, settled, sink_of
 
 import penstock as ps
@@ -475,6 +478,45 @@ def test_csv_columns_are_fixed() -> None:
     assert rejected(sink, [{"a": 1}]) == [
         (0, "a row can't be written to out.csv: its columns are x, y, and this row has no x, y and has a besides")
     ]
+
+
+cells = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.text('\r\n",\0 \ufeff', max_size=4)
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.fixed_dictionaries({"a": cells, "b": cells}), max_size=10))
+def test_csv_is_read_back_as_it_was_written(rows: list[dict[str, str]]) -> None:
+    write_all(write.csv("out.csv"), rows, JobId("job", "source", fresh=True))
+    assert ps.read.csv("out.csv").collect_sync() == rows if rows else True
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.gz"])
+def test_csv_of_no_rows_has_its_header(name: str) -> None:
+    job = ps.Flow([{"a": 1, "b": 2}], name="rows").filter(lambda row: False).to(write.csv(name, columns=["b", "a"]))
+    job.run_sync(progress=False)
+    text = gzip.decompress(Path(name).read_bytes()) if name.endswith("gz") else Path(name).read_bytes()
+    assert text == b"b,a\n"
+    assert "nothing to do" in str(job.run_sync(progress=False))
+    assert ps.read.csv(name).collect_sync() == []
+
+
+def test_csv_of_no_rows_goes_on_below_its_header() -> None:
+    Path("in.jsonl").touch()
+    job = ps.read.jsonl("in.jsonl").to(write.csv("out.csv", columns=["a"]))
+    job.run_sync(progress=False)
+    Path("in.jsonl").write_text('{"a": 1}\n')
+    job.run_sync(progress=False)
+    assert Path("out.csv").read_text() == "a\n1\n"
+
+
+def test_csv_columns_may_be_mended_before_anything_is_written() -> None:
+    def job(columns: list[str]) -> ps.Job:
+        return ps.Flow([{"a": 1}], name="rows").to(write.csv("out.csv", columns=columns))
+
+    with pytest.raises(CannotEncode, match="its columns are b"):
+        job(["b"]).run_sync(progress=False)
+    job(["a"]).run_sync(progress=False)
+    assert Path("out.csv").read_text() == "a\n1\n"
 
 
 def test_csv_columns_that_were_given() -> None:

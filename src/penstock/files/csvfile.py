@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 from penstock.errors import CannotEncode, PlanError, ResumeMismatch
 from penstock.files.rows import cell, each_row, fits
 from penstock.files.stream import StreamOutput
-from penstock.flow.contract import Origin
+from penstock.flow.contract import Delta, Origin
+from penstock.flow.progress import Positions
 
 __all__ = ["CsvOutput"]
 
@@ -30,7 +30,6 @@ class CsvOutput(StreamOutput):
 
     def _encode(self, outputs: Sequence[tuple[Origin, Sequence[Any]]]) -> bytes:
         columns = self._columns or self._asked
-        text = io.StringIO()
 
         def cells(row: Mapping[str, Any]) -> list[Any]:
             nonlocal columns
@@ -42,16 +41,20 @@ class CsvOutput(StreamOutput):
             return [_text(row[column], self.path) for column in columns]
 
         rows = each_row(outputs, self.path, cells)
-        if rows:
-            writer = csv.writer(text, lineterminator="\n")
-            if self._columns is None:
-                assert columns is not None
-                writer.writerow(columns)
-            writer.writerows(rows)
-            data = text.getvalue().encode()
+        if not rows:
+            return b""
+        if self._columns is None:
+            assert columns is not None
+            rows.insert(0, columns)
             self._columns = columns
-            return data
-        return b""
+        return _lines(rows)
+
+    async def commit(self, delta: Delta) -> Positions:
+        """Make what was written, and ``delta``, durable and counted, a table without rows too. As for all outputs."""
+        if delta.finished and self._columns is None and self._asked is not None:
+            self._waiting.append(_lines([self._asked]))
+            self._columns = self._asked
+        return await super().commit(delta)
 
     def _details(self) -> dict[str, Any]:
         return {"columns": self._columns}
@@ -63,6 +66,20 @@ class CsvOutput(StreamOutput):
                 self.path,
                 f"its columns are {', '.join(self._columns)}, and columns= asks for {', '.join(self._asked)}",
             )
+
+
+def _lines(rows: list[list[Any]]) -> bytes:
+    r"""Rows that end with ``\n``. The writer is told ``\r\n``, since it quotes only what would end its own rows."""
+    lines = _Lines()
+    csv.writer(lines, lineterminator="\r\n").writerows(rows)
+    return "".join(lines).encode()
+
+
+class _Lines(list[str]):
+    """The file that csv writes to, a row at a time."""
+
+    def write(self, row: str, /) -> None:
+        self.append(row.removesuffix("\r\n") + "\n")
 
 
 def _text(value: Any, target: str) -> Any:

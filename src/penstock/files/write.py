@@ -41,8 +41,9 @@ def jsonl(path: str | os.PathLike[str]) -> JsonLinesOutput:
 def csv(path: str | os.PathLike[str], columns: Sequence[str] | None = None) -> CsvOutput:
     """Write one row for each output, a dict, dataclass or Struct, below a header.
 
-    ``columns``: the header; by default the first row's keys. A row with other keys is that item's error. None is an
-    empty cell, True is ``true``, lists and dicts are JSON text. ``.csv.gz`` and ``.csv.zst`` as for ``jsonl``.
+    ``columns``: the header, also of a table without rows; by default the first row's keys. A row with other keys is
+    that item's error. None is an empty cell, True is ``true``, lists and dicts are JSON text. ``.csv.gz`` and
+    ``.csv.zst`` as for ``jsonl``.
 
     Raises, when run, what ``jsonl`` raises.
 
