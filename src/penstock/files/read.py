@@ -3,7 +3,8 @@
 ``pattern`` is a path, a glob (``*``, ``?``, ``**``; sorted), or a list of them. ``name`` and ``id`` are those of
 ``ps.Flow``; ``defaults`` are stage parameters for all stages, and their ``on_error`` also says what becomes of what
 can't be read. All are read in bounded memory, and resumed where an earlier run of the job ended; files that grew since,
-and new ones, are read on from there, and any other change stops the job with ResumeMismatch.
+and new ones, are read on from there, and any other change stops the job with ResumeMismatch. So does naming a file
+otherwise than before (absolutely, or from another directory): it is known by its path as given.
 """
 
 # id= and type= are the names that users know
