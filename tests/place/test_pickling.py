@@ -13,7 +13,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import msgspec
 import pytest
@@ -120,6 +120,28 @@ class Colour(enum.Flag):
     BLUE = 2
 
 
+class Point(NamedTuple):
+    x: int
+    label: str = "here"
+
+    def __repr__(self) -> str:
+        return f"Point {self.x} {self.label}"
+
+    def moved(self) -> Point:
+        return self._replace(x=self.x + 1)
+
+
+class Farther(Point):
+    __slots__ = ()
+
+    def twice(self) -> int:
+        return 2 * self.x
+
+
+class Wrapped(NamedTuple, Generic[T]):
+    content: T
+
+
 Pair = collections.namedtuple("Pair", "left right")  # noqa: PYI024  # as people write it
 
 
@@ -143,6 +165,9 @@ VALUES = [
     Private(),
     Colour.RED | Colour.BLUE,
     Pair(1, 2),
+    Point(1),
+    Farther(2, "there"),
+    Wrapped([1]),
     Odd(4, detail="d"),
     Slotted,
     Colour,
@@ -194,6 +219,20 @@ answers = [base.next()]
     (following,) = elsewhere(code, send(base), send(Derived(first_part=1)), send(Box(3)))
     assert following == base.next()
     assert type(following.parent) is Base
+
+
+def test_a_named_tuple_works_in_the_other_process() -> None:
+    code = """
+point, farther, wrapped = values
+assert repr(point) == "Point 1 here" and point == (1, "here") and not hasattr(point, "__dict__")
+assert farther.twice() == 4 and type(point)(5).label == "here"
+assert type(wrapped)[int](3).content == 3
+answers = [point.moved(), type(farther)(7), wrapped._replace(content=2)]
+"""
+    send = Sender()
+    answers = elsewhere(code, send(Point(1)), send(Farther(2, "there")), send(Wrapped("x")))
+    assert [type(answer) for answer in answers] == [Point, Farther, Wrapped]
+    assert answers == [(2, "here"), (7, "here"), (2,)]
 
 
 def test_a_class_travels_once() -> None:

@@ -16,8 +16,8 @@ and the parent forgets what it has sent and sends that value again.
 list don't share it on the other side, whichever chunk they were in.
 
 cloudpickle alone can't do msgspec Structs (their fields exist only if the metaclass sees them), slots on the way
-back, annotations in strings, ``cached_property``, or exceptions whose ``__init__`` takes other arguments than it
-hands on; these are seen to here.
+back and generic ``NamedTuple`` classes, annotations in strings, ``cached_property``, or exceptions whose ``__init__``
+takes other arguments than it hands on; these are seen to here.
 """
 
 from __future__ import annotations
@@ -150,6 +150,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
             make, arguments, fill = _make_struct, _describe_struct(cls), _fill_struct
             attributes = {name: value for name, value in attributes.items() if name not in _STRUCT_OWN}
             attributes["__annotations__"] = inspect.get_annotations(cls)
+        elif typing.NamedTuple in cls.__dict__.get("__orig_bases__", ()):
+            make, arguments = _make_named_tuple, _describe_named_tuple(cls)
+            own = _NAMED_TUPLE_OWN.union(arguments[4])
+            attributes = {name: value for name, value in attributes.items() if name not in own}
         elif "__slots__" in cls.__dict__ and make is cloudpickle._make_skeleton_class:
             arguments = (*arguments[:3], {**arguments[3], "__slots__": cls.__dict__["__slots__"]}, *arguments[4:])
         attributes = {
@@ -325,6 +329,42 @@ def _fill_struct(cls: type, attributes: dict[str, Any]) -> None:
         cls.__dict__["__post_init__"].body.append(hook)
     for name, value in attributes.items():
         setattr(cls, name, value)
+
+
+_NAMED_TUPLE_OWN = {
+    "__class_getitem__",
+    "__getnewargs__",
+    "__match_args__",
+    "__new__",
+    "__orig_bases__",
+    "__parameters__",
+    "__slots__",
+    "_field_defaults",
+    "_fields",
+    "_make",
+}
+
+
+def _describe_named_tuple(cls: Any) -> tuple[Any, ...]:
+    """What a ``typing.NamedTuple`` is made of; its methods and types follow, as they may refer back."""
+    return cls.__name__, cls.__qualname__, cls.__module__, cls.__orig_bases__, cls._fields, cls._field_defaults
+
+
+def _make_named_tuple(
+    name: str,
+    qualname: str,
+    module: str,
+    bases: tuple[Any, ...],
+    fields: tuple[str, ...],
+    defaults: Mapping[str, Any],
+) -> type:
+    namespace = {
+        "__module__": module,
+        "__qualname__": qualname,
+        "__annotations__": dict.fromkeys(fields, Any),
+        **defaults,
+    }
+    return types.new_class(name, bases, {}, lambda made: made.update(namespace))
 
 
 class _Default(msgspec.Struct):
