@@ -49,11 +49,11 @@ U = TypeVar("U")
 class Flow(Generic[T]):
     """Work to be done over items: a source and the stages its items pass, in order.
 
-    ``source``: a list, a generator, any iterable or async iterable, or one of ``ps.read``; without one the flow is
-    unbound, to be given a source by ``over`` or to serve live calls by ``open``. ``name``: names the source, and so the
-    job, across runs. ``id``: a field's name or a function that gives each item an id of its own; progress is then kept
-    by ids, so that a re-exported or reordered input can be resumed. An item without one fails; so does a repeated one,
-    where the sink keeps ids. All others are defaults for every stage.
+    ``source``: anything iterable or async iterable, or one of ``ps.read``; without one the flow is unbound, for
+    ``over`` to give it one or ``open`` to serve live calls. ``name``: names the source, and so the job, across runs.
+    ``id``: a field's name or a function that gives each item an id; progress is kept by ids, so that a reordered input
+    can be resumed. An item without one fails, and a repeated one where the sink keeps ids. The rest are defaults for
+    all stages.
 
     A flow is immutable: each verb returns a new flow, and one flow can be run any number of times.
 
