@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Self
 
 BOMB = 64 * 1024 * 1024
@@ -69,6 +70,7 @@ class Hostile:
 
     async def __aenter__(self) -> Self:
         self._talks: set[asyncio.Task[Any]] = set()
+        self._changed = asyncio.Event()
         self._server = await asyncio.start_server(self._talk, self.host, 0, ssl=self.tls)
         self.port: int = self._server.sockets[0].getsockname()[1]
         return self
@@ -79,6 +81,12 @@ class Hostile:
             talk.cancel()
         if self._talks:
             await asyncio.wait(self._talks)
+
+    async def until(self, ready: Callable[[], object]) -> None:
+        """Wait until something is so that changes when requests or connections come and go."""
+        while not ready():
+            self._changed.clear()
+            await self._changed.wait()
 
     def url(self, path: str = "/ok", host: str | None = None) -> str:
         scheme = "http" if self.tls is None else "https"
@@ -97,6 +105,7 @@ class Hostile:
             pass
         finally:
             self.open -= 1
+            self._changed.set()
             self._talks.discard(task)
             writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
             with suppress(OSError, asyncio.CancelledError):
@@ -109,6 +118,7 @@ class Hostile:
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         request = Seen(method, target, headers, body, headers.get("host", ""))
         self.seen.append(request)
+        self._changed.set()
         name = request.path.strip("/").split("/")[0]
         behave = self.routes.get(name) or BEHAVIOURS.get(name) or ok
         self.at_work += 1
@@ -235,6 +245,7 @@ async def bomb(server: Hostile, request: Seen, reader: Any, writer: asyncio.Stre
     return True
 
 
+@cache
 def bombs(kind: str, size: int = BOMB) -> bytes:
     if kind == "zstd":
         import zstandard

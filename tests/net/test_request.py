@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from penstock.errors import CannotEncode, FetchError, PlanError
 from penstock.flow.codec import encode_json, pack, unpack
-from penstock.net.fetcher import Fetcher
 from penstock.flow.redact import hide_values, is_secret_header, redact_url, secrets_in_url
+from penstock.net.fetcher import Fetcher
 from penstock.net.request import Request
 from penstock.testing import run_virtual
 

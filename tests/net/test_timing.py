@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from tests.net.hostile import Hostile
+from tests.net.hostile import Hostile, Seen, ok
 
 from penstock.errors import FetchError, PlanError
 from penstock.net.fetcher import Fetcher
@@ -16,7 +16,9 @@ from penstock.net.timing import Timeout, Watch, as_timeout
 from penstock.testing import run_virtual
 
 
-@pytest.mark.parametrize("wrong", [{"connect": 0}, {"idle": -1}, {"total": "5"}, {"idle": True}, {"total": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"connect": 0}, {"idle": -1}, {"total": "5"}, {"idle": True}, {"total": float("nan")}]
+)
 def test_values_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     (name,) = wrong
     with pytest.raises(PlanError, match=f"Timeout\\({name}="):
@@ -136,19 +138,117 @@ def loops() -> list[Any]:
 
 @pytest.mark.parametrize("make_loop", loops())
 def test_a_loop_that_was_blocked_blames_nobody(make_loop: Any) -> None:
-    """While the loop is blocked for longer than the idle time, the answer comes: it is there when it is looked for."""
+    """The loop is blocked for longer than the idle time, and the answer comes meanwhile: it counts."""
+
+    async def block(server: Hostile, request: Seen, reader: Any, writer: Any) -> bool:
+        time.sleep(0.5)  # noqa: ASYNC251  # the blocking is what is tested
+        return await ok(server, request, reader, writer)
 
     async def main() -> Any:
-        async with Hostile() as server:
-            fetcher = Fetcher(allow_private=True, timeout=Timeout(connect=5, idle=0.3))
-            await fetcher(server.url("/ok"))
-            asyncio.get_running_loop().call_later(0.01, time.sleep, 0.8)  # after the request has gone out
-            page = await fetcher(server.url("/drip/0"))
+        async with Hostile(routes={"block": block}) as server:
+            fetcher = Fetcher(allow_private=True, timeout=Timeout(connect=5, idle=0.1))
+            page = await fetcher(server.url("/block"))
             await fetcher.close()
             return page
 
     with asyncio.Runner(loop_factory=make_loop) as runner:
         assert runner.run(main()).status == 200
+
+
+class LateLoop:
+    """A loop as far as a watch needs one, whose time is what the test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.soon: list[Any] = []
+        self.timers: list[Any] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_soon(self, callback: Any) -> asyncio.Handle:
+        self.soon.append(asyncio.Handle(callback, (), self))  # type: ignore[arg-type]
+        return self.soon[-1]
+
+    def call_at(self, when: float, callback: Any) -> asyncio.TimerHandle:
+        self.timers.append(asyncio.TimerHandle(when, callback, (), self))  # type: ignore[arg-type]
+        return self.timers[-1]
+
+    def _timer_handle_cancelled(self, handle: Any) -> None:
+        """What a loop keeps count of."""
+
+    def get_debug(self) -> bool:
+        return False
+
+    def turn(self, to: float) -> None:
+        """One turn of the loop at this time: what is due, and what was to be called soon."""
+        self.now = to
+        due = [timer for timer in self.timers if timer.when() <= to]
+        self.timers = [timer for timer in self.timers if timer.when() > to]
+        ready, self.soon = [*self.soon, *due], []
+        for handle in ready:
+            if not handle.cancelled():
+                handle._callback()
+
+
+def test_a_late_timer_moves_the_bound_once_by_what_was_lost() -> None:
+    async def main() -> None:
+        loop: Any = LateLoop()
+        watch = Watch(loop, Timeout(connect=None, idle=10))
+        task = asyncio.current_task()
+        assert task is not None
+
+        def turns(to: float) -> str | None:
+            for _ in range(10):
+                loop.turn(to)
+            return watch.expired
+
+        watch.begin()
+        watch.expect_bytes()
+        assert turns(14) is None  # blocked from 0 to 14: four seconds late
+        assert turns(17.9) is None
+        watch.expect_bytes()  # something came: all anew
+        assert turns(27.8) is None
+        assert turns(50) is None  # late again, by more than the whole bound
+        assert turns(59.9) is None
+        assert not task.cancelling()
+        assert turns(70) == "idle"  # it was moved once, and not again
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        assert watch.absorb()
+        watch.end()
+        watch.close()
+        assert not loop.timers or all(timer.cancelled() for timer in loop.timers)
+
+    run_virtual(main())
+
+
+def test_what_came_within_a_few_turns_counts() -> None:
+    async def main() -> None:
+        loop: Any = LateLoop()
+        watch = Watch(loop, Timeout(connect=None, idle=10))
+        watch.begin()
+        watch.expect_bytes()
+        for _ in range(3):
+            loop.turn(10)
+        watch.expect_bytes()
+        for _ in range(10):
+            loop.turn(10)
+        assert watch.expired is None
+        watch.end()
+        loop.turn(100)
+        watch.begin()  # the old timer has fired into the void
+        watch.expect_bytes()
+        for _ in range(10):
+            loop.turn(110)
+        assert watch.expired == "idle"
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        assert watch.absorb()
+        watch.end()
+        watch.close()
+
+    run_virtual(main())
 
 
 @pytest.mark.parametrize("make_loop", loops())

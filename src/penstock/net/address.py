@@ -20,13 +20,13 @@ __all__ = ["Address", "Guard", "canonical_host", "is_public", "literal"]
 Address = IPv4Address | IPv6Address
 _Network = IPv4Network | IPv6Network
 
-_NAT64 = (IPv6Network("64:ff9b::/96"), IPv6Network("64:ff9b:1::/48"))
+_NAT64 = IPv6Network("64:ff9b::/96")
 _COMPATIBLE = IPv6Network("::/96")
 _NEVER_PUBLIC: tuple[_Network, ...] = (
     IPv4Network("100.64.0.0/10"),  # carrier-grade NAT, and a cloud's metadata
     IPv4Network("168.63.129.16/32"),  # a cloud's metadata on a public address
     IPv4Network("192.88.99.0/24"),  # 6to4 relays
-    IPv6Network("64:ff9b:1::/48"),
+    IPv6Network("64:ff9b:1::/48"),  # NAT64 of one's own network, which puts the other address anywhere
     IPv6Network("fec0::/10"),  # site-local, as private as its successor
 )
 
@@ -43,7 +43,7 @@ def literal(host: str) -> Address | None:
     except ValueError:
         pass
     labels = host.rstrip(".").rpartition(".")[2]
-    if not labels[:1].isdigit():
+    if not labels[:1].isdigit() or " " in host:  # inet_aton takes anything behind a blank
         return None
     try:
         return IPv4Address(socket.inet_aton(host.rstrip(".")))
@@ -86,7 +86,7 @@ def _inside(address: Address) -> Address | None:
     if inner is not None:
         return inner
     low = int(address) & 0xFFFF_FFFF
-    if any(address in network for network in _NAT64) or (address in _COMPATIBLE and low > 0xFFFF):
+    if address in _NAT64 or (address in _COMPATIBLE and low > 0xFFFF):
         return IPv4Address(low)
     return None
 

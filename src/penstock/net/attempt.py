@@ -12,10 +12,10 @@ from collections.abc import Callable
 from yarl import URL
 
 from penstock.errors import FetchError
+from penstock.flow.redact import hide_values, is_secret_header, redact_url, secrets_in_url
 from penstock.net.address import canonical_host
 from penstock.net.decoding import Corrupt, make_decoder
 from penstock.net.fetched import decode_text, is_text
-from penstock.flow.redact import hide_values, is_secret_header, redact_url, secrets_in_url
 from penstock.net.request import Request
 from penstock.net.saving import MemorySink, Sink
 from penstock.net.timing import Watch

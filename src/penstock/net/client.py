@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from penstock.errors import FetchError
+from penstock.flow.redact import redact_url
 from penstock.net.attempt import Attempt
 from penstock.net.fetched import Fetched
-from penstock.flow.redact import redact_url
 from penstock.net.request import Request
 from penstock.net.saving import Sink
 from penstock.net.timing import Timeout, Watch

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import FetchError, PlanError
+from penstock.flow.redact import redact_url
 from penstock.flow.retry import Retry
 from penstock.net.address import Guard
 from penstock.net.fetched import Fetched
-from penstock.flow.redact import redact_url
 from penstock.net.refusals import REFUSED, Refusals
 from penstock.net.repeating import as_fetch_retry
 from penstock.net.request import Request, check_url
@@ -50,7 +50,7 @@ def site_of(item: Any, request: Rows | None = None) -> str:
             item = request(item)
         except Exception:  # the attempt will raise it again, and then it counts
             return ""
-    url = item.url if isinstance(item, Request) else item
+    url = item.url if not isinstance(item, str) and isinstance(item, Request) else item
     found = _AUTHORITY.match(url) if isinstance(url, str) else None
     return found[1].lower() if found is not None else ""
 
@@ -80,6 +80,8 @@ class Fetcher:
         self._guard = Guard(allow_private)
         self._lookup = lookup
         self._refusals = Refusals()
+        self._served = ""  # how the last URL began that was served, up to its path; and its host
+        self._host = ""
         self._failures: dict[int, int] = {}
         self._transport: HttpTransport | None = None
         self._client: Client | None = None
@@ -92,7 +94,7 @@ class Fetcher:
             else:
                 client = self._client or self._open()
                 fetched = await client.fetch(item, request, self._saver and self._sink(item, request))
-                self._refusals.served(site_of(fetched.url))
+                self._note_success(fetched.url)
         except Exception as error:
             self._note_failure(item, error)
             raise
@@ -111,6 +113,12 @@ class Fetcher:
                 )
             if isinstance(asked, str) and not _is_http(asked):
                 check_url(asked)
+        if isinstance(asked, str):  # first, since most are; asking whether something is a Request is dear
+            if _is_http(asked):
+                if _IN_URL.search(asked):
+                    check_url(asked)
+                return asked
+            return _local_path(asked)
         if isinstance(asked, Request):
             if asked.is_redacted:
                 raise PlanError(
@@ -118,12 +126,6 @@ class Fetcher:
                     "Make the request from a row instead, by request=, or where it is fetched",
                 )
             return asked
-        if isinstance(asked, str):
-            if _is_http(asked):
-                if _IN_URL.search(asked):
-                    check_url(asked)
-                return asked
-            return _local_path(asked)
         if isinstance(asked, os.PathLike):
             return Path(asked)
         raise PlanError(
@@ -160,13 +162,20 @@ class Fetcher:
         self._client = Client(self._transport, self._timeout, self._max_bytes, clock)
         return self._client
 
+    def _note_success(self, url: str) -> None:
+        if not (self._served and url.startswith(self._served)):
+            found = _AUTHORITY.match(url)
+            self._served = f"{found[0]}/" if found is not None else ""
+            self._host = site_of(url)
+        self._refusals.served(self._host)
+
     def _note_failure(self, item: Any, error: Exception) -> None:
         """Count an attempt that failed, if another will follow; notice a doomed run."""
         if isinstance(error, FetchError) and error.status in REFUSED:
             self._note_refusal(error)
         failures = self._failures.get(id(item), 0)
         throttled = isinstance(error, FetchError) and error.reason == "throttled"
-        if throttled or (not _stops(error) and self._retry.repeats(error, failures + 1)):
+        if throttled or self._retry.repeats(error, failures + 1):
             if len(self._failures) >= _MOST_COUNTED:
                 del self._failures[next(iter(self._failures))]
             self._failures[id(item)] = failures + 1
@@ -197,10 +206,6 @@ class Fetcher:
 
 def _is_http(text: str) -> bool:
     return text.startswith(_HTTP) or text[:8].lower().startswith(_HTTP)
-
-
-def _stops(error: Exception) -> bool:
-    return isinstance(error, FetchError) and error.stops_run
 
 
 def _local_path(text: str) -> Path:
