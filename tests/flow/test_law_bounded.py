@@ -97,6 +97,73 @@ def test_law_bounded_the_source_is_read_only_so_far_ahead_of_a_slow_consumer(sha
     assert ahead <= STAGE * stages + (SOURCE if source is Endless else 64)
 
 
+PLACES: dict[str, Any] = {
+    "none": (0, lambda flow, **given: flow),
+    "loop": (8, lambda flow, **given: flow.map(same, concurrency=8, **given)),
+    "thread": (2, lambda flow, **given: flow.map(lambda x: x, workers=2, **given)),
+    "process": (1, lambda flow, **given: flow.map(lambda x: x, place="process", workers=1, **given)),
+    "filter": (2, lambda flow, **given: flow.filter(lambda x: True, workers=2, **given)),
+    "whole": (2, lambda flow, **given: flow.flat_map(lambda x: [x], workers=2, **given)),
+    "batches": (20, lambda flow, **given: flow.map_batches(lambda xs: xs, batch_size=20, **given)),
+    "three": (12, lambda flow, **given: flow.map(same, concurrency=8, **given).map(abs, workers=4, **given)),
+}
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("source", [Endless, EndlessAsync])
+def test_law_bounded_by_demand_where_work_is_quick_and_the_consumer_is_slow(
+    place: str, ordered: bool, sink: bool, source: Any
+) -> None:
+    """Whatever a place is worth in items of a microsecond: two rounds of work, and a few tens."""
+    at_once, build = PLACES[place]
+    items = source()
+    given_: Any = iter(items) if source is Endless else aiter(items)
+    flow = build(ps.Flow(given_), **({} if place == "none" else {"ordered": ordered}))
+    taken = ahead = 0
+
+    async def take(_: Any) -> None:
+        nonlocal taken, ahead
+        taken += 1
+        await asyncio.sleep(0.5)
+        ahead = max(ahead, items.read - taken)
+
+    async def main() -> None:
+        if sink:
+            await flow.take(60).to(take).run(progress=False)
+        else:
+            outputs = aiter(flow)
+            while taken < 60:
+                await take(await anext(outputs))
+            await outputs.aclose()
+
+    run_virtual(main())
+    read_ahead = 128 if source is Endless else 2  # in the source's thread, and what the reader has of it
+    assert ahead <= 2 * at_once + 32 + read_ahead
+
+
+def test_law_bounded_a_consumer_that_becomes_slow_is_followed() -> None:
+    items = Endless()
+
+    async def main() -> None:
+        outputs = aiter(ps.Flow(iter(items)).map(same, concurrency=8))
+        taken = 20_000
+        for _ in range(taken):
+            await anext(outputs)
+        await asyncio.sleep(1)
+        much = items.read - taken
+        for _ in range(2 * much):
+            await anext(outputs)
+            await asyncio.sleep(0.5)
+            taken += 1
+        await outputs.aclose()
+        assert much > 500
+        assert items.read - taken <= 2 * 8 + 32 + 128
+
+    run_virtual(main())
+
+
 @settings(max_examples=25)
 @given(concurrency=st.integers(1, 16), stages=st.integers(1, 3), ordered=st.booleans())
 def test_law_bounded_by_concurrency_and_buffers_for_work_that_takes_time(

@@ -4,11 +4,12 @@ Items wait in the input channel, which remembers when each came, until a batch c
 has waited ``max_wait``, or the input has ended. A batch that isn't full also waits for a free worker, and grows
 meanwhile. One timer stands for the oldest item; nothing polls.
 
-A batch is one task of the pool, whose ``tag`` lists the tasks of its members. The members are in the window; the
-batch isn't. If a batch fails in whatever way (an exception, a timeout, a dead worker), it is halved and both halves are
+A batch is one task of the pool, whose ``tag`` lists the tasks of its members. The members are in the window; the batch
+isn't. If a batch fails in whatever way (an exception, a timeout, a dead worker), it is halved and both halves are
 tried again, until only the guilty items fail by themselves: those go by the stage's retry and ``on_error``. Halves go
-before new batches. A result of another length is the function's fault: all items of the batch fail, and none is tried
-again.
+before new batches. In threads, a batch that was over time is tried item by item: a thread can't be ended, and halving
+would leave behind another one at each step with the same guilty item in it. A result of another length is the
+function's fault: all items of the batch fail, and none is tried again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from penstock.errors import BatchMismatch
 from penstock.flow.failing import DEAD_LETTER, KEEP_IT, RAISE, RETRY
 from penstock.flow.ledger import Merged
 from penstock.flow.segment import READY, SKIPPED_TAG, Runner, WorkSegment
-from penstock.place.base import FAILED, OK, Task
+from penstock.place.base import FAILED, OK, TIMED_OUT, Task
 
 __all__ = ["BatchRunner", "BatchSegment", "Deadline"]
 
@@ -66,9 +67,10 @@ class BatchSegment(WorkSegment):
 
     def __init__(self, *args: Any, batch_size: int, max_wait: float | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._size = batch_size
+        self._size = self.merges = batch_size
         self._deadline = Deadline(self, max_wait)
         self._halves: deque[Task] = deque()
+        self._hangs = self.meter.first.place == "thread"  # what is over time there goes on, and can't be ended
 
     async def close(self) -> None:
         self._deadline.cancel()
@@ -116,9 +118,9 @@ class BatchSegment(WorkSegment):
             return
         for batch in tasks:
             members: list[Task] = batch.tag
+            if batch.seconds is not None:
+                self.meter.add_samples(0, batch.seconds)
             if batch.outcome == OK:
-                if batch.seconds is not None:
-                    self.meter.add_samples(0, batch.seconds)
                 mismatch = self._mismatch(batch, members)
                 if mismatch is not None:
                     batch.outcome = FAILED
@@ -133,8 +135,9 @@ class BatchSegment(WorkSegment):
                     member.outcome = OK
                     self._ready(member, READY)
             elif len(members) > 1:
-                half = len(members) // 2
-                for part in (members[:half], members[half:]):
+                most = 1 if batch.outcome == TIMED_OUT and self._hangs else -(-len(members) // 2)
+                for start in range(0, len(members), most):
+                    part = members[start : start + most]
                     self.meter.first.calls += 1
                     values = [member.value for member in part]
                     self._halves.append(Task(values, part[0].origin, tag=part))
@@ -184,7 +187,7 @@ class BatchRunner(Runner):
 
     def __init__(self, *args: Any, size: int, max_wait: float | None) -> None:
         super().__init__(*args)
-        self._size = size
+        self._size = self.merges = size
         self._deadline = Deadline(self, max_wait)
 
     async def close(self) -> None:

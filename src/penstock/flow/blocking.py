@@ -22,7 +22,9 @@ from queue import SimpleQueue
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from penstock.errors import Closed
+from penstock.flow.demand import Demand
 from penstock.place.base import GRACE, SLICE, outside
+from penstock.place.loop import clock_of
 
 __all__ = ["Desk", "chunks", "feed", "feed_each"]
 
@@ -31,6 +33,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 _BATCHES_AHEAD = 2
+_LEAST_AHEAD = 16
 
 _log = logging.getLogger("penstock")
 
@@ -159,7 +162,6 @@ class _Supply(Generic[T]):
 
     def work(self, make: Callable[[], Iterator[T]]) -> None:
         made = self.made
-        bound = self.bound
         try:
             products = make()
             try:
@@ -171,7 +173,7 @@ class _Supply(Generic[T]):
                     if self.wanted:
                         self.wanted = False
                         self._tell(self._wake)
-                    if len(made) >= bound:
+                    if len(made) >= self.bound:
                         self._wait_for_space()
             finally:
                 if isinstance(products, Generator):
@@ -290,16 +292,19 @@ async def feed(make: Callable[[], Iterator[Sequence[T]]], name: str) -> AsyncGen
 async def feed_each(make: Callable[[], Iterator[T]], name: str, most: int = 1024) -> AsyncGenerator[Sequence[T], None]:
     """Run a blocking iterator of items in a thread: yields what is there, 1 … ``most`` items, as soon as it is.
 
-    Unlike ``feed`` over ``chunks``, no item ever waits for a slow one behind it. Otherwise the same.
+    Unlike ``feed`` over ``chunks``, no item ever waits for a slow one behind it; and the thread is as far ahead as
+    demand asks for, up to ``most``. Otherwise the same.
     """
-    supply: _Supply[T] = _Supply(most)
+    demand = Demand(clock_of(asyncio.get_running_loop()), min(_LEAST_AHEAD, most), most)
+    supply: _Supply[T] = _Supply(demand.size)
     thread = _start(supply, make, name)
     made = supply.made
     try:
         while await supply.wait():
-            items = [made.popleft() for _ in range(min(len(made), most))]
+            items = [made.popleft() for _ in range(len(made))]
             supply.make_space()
             yield items
+            supply.bound = demand.note(len(items))
     finally:
         await supply.stop(thread)
     if supply.error is not None:

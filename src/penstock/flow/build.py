@@ -121,6 +121,7 @@ def _make(
 
         gate = partial(Gate, inner=pool, limit=options.limit, auto=options.auto, site=options.site, meter=meter)
         runner.connect(gate, chain)
+        runner.gated = True
     else:
         runner.connect(pool, chain)
     built.pools.append(runner.pool)

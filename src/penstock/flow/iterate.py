@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
+from penstock.flow.demand import Demand
 from penstock.flow.plan import Plan, make_plan
 from penstock.flow.run import Run
 from penstock.flow.stage import Work
@@ -167,10 +169,11 @@ def iterate_blocking(flow: Flow[Any]) -> Iterator[Any]:
 
 def _iterate(outlet: Outlet) -> Iterator[Any]:
     handed: list[Task] = []
+    demand = Demand(time.perf_counter, 1, _BLOCKING_BATCH)
     process = os.getpid()
     try:
         run_blocking(outlet.open)
-        while tasks := run_blocking(lambda: _next(outlet, handed)):
+        while tasks := run_blocking(lambda: _next(outlet, handed, demand.note(len(handed)))):
             for task in tasks:
                 handed.append(task)
                 yield task.value
@@ -181,9 +184,9 @@ def _iterate(outlet: Outlet) -> Iterator[Any]:
             run_blocking(lambda: _close(outlet, handed))
 
 
-async def _next(outlet: Outlet, handed: list[Task]) -> list[Task]:
+async def _next(outlet: Outlet, handed: list[Task], most: int) -> list[Task]:
     _deliver(outlet, handed)
-    return await outlet.take(_BLOCKING_BATCH)
+    return await outlet.take(most)
 
 
 async def _close(outlet: Outlet, handed: list[Task]) -> None:

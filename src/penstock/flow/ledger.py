@@ -24,6 +24,7 @@ from typing import Any
 
 from penstock.flow.contract import Delta, Failed
 from penstock.flow.progress import Intervals, Position, Positions
+from penstock.flow.redact import redact
 from penstock.place.base import Task
 
 __all__ = [
@@ -165,6 +166,7 @@ class Ledger:
         self.keeps_items = keeps_items
         self.issued = 0
         self.open = 0
+        self.left = 0
         self.released = 0
         self.retried = 0
         self.fates = [0, 0, 0, 0]
@@ -181,6 +183,12 @@ class Ledger:
         self.known: dict[Position, tuple[Intervals, int]] = {}
         self.changed: Callable[[], None] = lambda: None
         self.freed: Callable[[], None] = lambda: None
+        self.on_left: Callable[[], None] | None = None  # set while somebody waits for it: settling is nobody's call
+
+    @property
+    def ahead(self) -> int:
+        """Items that were issued and are still on their way: not handed over, not written, not given up."""
+        return self.issued - self.left
 
     # -- items come in ----------------------------------------------------------------------------------------------
 
@@ -323,11 +331,18 @@ class Ledger:
         """``count`` single items were handed to the caller, and nobody keeps their positions."""
         self.fates[DELIVERED] += count
         self.open -= count
+        self._leave(count)
 
     def withdraw(self, count: int) -> None:
         """``count`` items were taken back before anything was done with them."""
         self.released += count
         self.open -= count
+        self._leave(count)
+
+    def _leave(self, count: int) -> None:
+        self.left += count
+        if self.on_left is not None:
+            self.on_left()
 
     def _complete(self, family: Family) -> None:
         """The last output of a family arrived or was dropped."""
@@ -387,11 +402,12 @@ class Ledger:
 
     def _letter(self, position: Position, item: Any, failed: Failed) -> None:
         self.delta.dead.append(
-            Failed(item, position, failed.stage, failed.reason, failed.error, failed.attempts),
+            Failed(redact(item), position, failed.stage, failed.reason, failed.error, failed.attempts),
         )
 
     def _settle_position(self, position: Position, fate: int, failed: Failed | None) -> None:
         item = self.items.pop(position, None)
+        self._leave(1)
         if not self.commits:
             self.open -= 1
             self.fates[fate] += 1

@@ -7,6 +7,7 @@ can't starve the stages; a sequence is read on the loop, since indexing doesn't 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import weakref
@@ -19,11 +20,14 @@ import msgspec
 from penstock.errors import PlanError, SourceExhausted
 from penstock.flow.blocking import feed_each
 from penstock.flow.contract import Source
+from penstock.flow.demand import Demand
 from penstock.flow.progress import Position, Positions, Progress
+from penstock.place.loop import clock_of
 
 __all__ = ["AsyncSource", "IterableSource", "MemorySource", "SequenceSource", "as_source", "position_of"]
 
 _BATCH = 1024
+_LEAST_BATCH = 16
 _DEEPEST = 8
 _read_once: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """Iterators that a run has read, by their id(): two that are equal aren't the same."""
@@ -131,14 +135,18 @@ class SequenceSource(MemorySource):
         items = self.items
         done = after.settled.of("")
         index = 0
+        demand = Demand(
+            clock_of(asyncio.get_running_loop()), _LEAST_BATCH, _BATCH
+        )  # an item may be made when asked for
         while index < len(items):
-            stop = min(index + _BATCH, len(items))
+            stop = min(index + demand.size, len(items))
             if done:
                 batch = [(("", at), items[at]) for at in range(index, stop) if at not in done]
             else:
                 batch = list(zip(zip(repeat(""), range(index, stop)), items[index:stop], strict=False))
             if batch:
                 yield batch
+            demand.note(stop - index)
             index = stop
 
 

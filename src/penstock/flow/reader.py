@@ -1,5 +1,9 @@
 """The start of a flow: reads the source into the first channel, as fast as there is room.
 
+It draws no further ahead than what is consumed in a few milliseconds, or than the workers need to be busy: the items on
+their way, wherever they are, are bounded by one ``Demand``. When they reach the bound, it waits until a quarter of them
+has left, so that what follows one another quickly crosses in chunks.
+
 One coroutine, cancelled to stop it. What it has read and not put isn't issued: a later run reads it again. A source
 that has to block does so in a thread of its own. Under ``id=`` every batch is first held against the ids that the sink
 has settled; where none are kept, an item still needs one.
@@ -11,17 +15,22 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from penstock.errors import IdError, ResumeMismatch
+from penstock.errors import IdError, PenstockError, ResumeMismatch
 from penstock.flow.channel import Channel
 from penstock.flow.codec import id_key, row_digest
 from penstock.flow.contract import Source, Unreadable
+from penstock.flow.demand import Demand
 from penstock.flow.failing import DEAD_LETTER, KEEP_IT, RAISE, Policy
 from penstock.flow.ledger import DEAD, SKIPPED
+from penstock.flow.memory import position_of
 from penstock.flow.progress import Known, Position, Progress
-from penstock.flow.segment import Host
+from penstock.flow.segment import Host, appetite_of
 from penstock.place.base import Task
 
 __all__ = ["Reader"]
+
+_SLACK = 32
+_MOST_AHEAD = 65_536
 
 
 class Reader:
@@ -52,12 +61,26 @@ class Reader:
         self.id = None if redoes else id
         self.output = output
         self.digests = digests
+        self._appetite = appetite_of(host.segments)
+        self._demand = Demand(host.clock, _SLACK, _MOST_AHEAD)
+        self._left = 0
+        self._last: Position | None = None
         self._room: asyncio.Future[None] | None = None
         channel.on_room = self._wake
 
+    def _may_issue(self) -> int:
+        """How many items the channel and the demand have room for now."""
+        left = self.ledger.left
+        self._demand.least = self._appetite() + _SLACK
+        most = self._demand.note(left - self._left)
+        self._left = left
+        return min(self.channel.room, most - self.ledger.ahead)
+
     def _wake(self) -> None:
-        if self._room is not None and not self._room.done() and self.channel.room > 0:
-            self._room.set_result(None)
+        room, size = self._room, self._demand.size
+        if room is None or room.done() or self.channel.room <= 0 or self.ledger.ahead > size - size // 4:
+            return
+        room.set_result(None)
 
     async def run(self) -> None:
         """Read to the end and close the channel. Cancelling closes the source and leaves the channel open."""
@@ -78,6 +101,12 @@ class Reader:
                 else:
                     tasks = await self._by_id(batch)
                 await self._put(tasks)
+                self._last = batch[-1][0] if batch else self._last
+        except Exception as error:
+            if not isinstance(error, PenstockError):
+                where = "before its first item" if self._last is None else f"after {position_of(self._last)}"
+                error.add_note(f"in the source {self.source.identity}, {where}")
+            raise
         finally:
             closer = getattr(batches, "aclose", None)
             if closer is not None:
@@ -87,15 +116,19 @@ class Reader:
     async def _put(self, tasks: list[Task]) -> None:
         """Put them into the channel as it has room. What is put isn't held here: a task takes its results along."""
         while tasks:
-            if self.channel.room <= 0:
-                self._room = self.host.loop.create_future()
+            most = self._may_issue()
+            if most > 0:
+                self._put_some(tasks, most)
+                continue
+            self._room = self.host.loop.create_future()
+            self.ledger.on_left = self._wake
+            try:
                 await self._room
-                self._room = None
-            else:
-                self._put_some(tasks)
+            finally:
+                self._room = self.ledger.on_left = None
 
-    def _put_some(self, tasks: list[Task]) -> None:
-        part = tasks[: self.channel.room]
+    def _put_some(self, tasks: list[Task], most: int) -> None:
+        part = tasks[:most]
         del tasks[: len(part)]
         self.policy.meter.taken += len(part)
         self.policy.meter.emitted += len(part)

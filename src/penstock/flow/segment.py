@@ -27,7 +27,7 @@ from penstock.flow.ledger import DEAD, FILTERED, SKIPPED, Ledger
 from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, HELD, WAITING_INPUT, SegmentMeter
 from penstock.place.base import DROPPED, OK, PENDING, Pool, Task
 
-__all__ = ["READY", "SKIPPED_TAG", "Host", "MakePool", "Runner", "WorkSegment", "open_all"]
+__all__ = ["READY", "SKIPPED_TAG", "Host", "MakePool", "Runner", "WorkSegment", "appetite_of", "open_all"]
 
 READY = True
 SKIPPED_TAG = "skipped"
@@ -41,6 +41,7 @@ class Host(Protocol):
     clock: Callable[[], float]
     loop: asyncio.AbstractEventLoop
     ended: bool
+    segments: list[Runner]
 
     def fail(self, error: BaseException) -> None:
         """Stop the run with this exception."""
@@ -71,6 +72,7 @@ class Runner(ABC):
         self._pumping = False
         self._again = False
         self.stopped = False
+        self.merges = 1  # items that one of its outputs, or one of its calls, is made of
         source.on_items = self.pump
         sink.on_room = self.pump
 
@@ -93,6 +95,11 @@ class Runner(ABC):
             self._pumping = False
             self._again = False
 
+    @property
+    def appetite(self) -> int:
+        """How many items of its input it needs to be busy, with as many again so that it never waits for them."""
+        return 2 * self.merges if self.merges > 1 else 0
+
     @abstractmethod
     def _turn(self) -> None:
         """Hand on, feed, and close the output when the end is reached."""
@@ -110,6 +117,17 @@ class Runner(ABC):
     async def abort(self) -> None:
         """Stop at once: when it returns, nothing of the segment runs any more."""
         self.stopped = True
+
+
+def appetite_of(segments: Sequence[Runner]) -> Callable[[], int]:
+    """How many items of the source all of them need, together: fewer could leave a batch waiting for ever."""
+    counted: list[tuple[int, Runner]] = []
+    items = 1
+    for segment in segments:
+        counted.append((items, segment))
+        if not isinstance(segment, WorkSegment):
+            items *= segment.merges
+    return lambda: sum([items * segment.appetite for items, segment in counted])
 
 
 async def open_all(segments: Sequence[Runner], over: asyncio.Future[None]) -> None:
@@ -158,10 +176,16 @@ class WorkSegment(Runner):
         self._in_pool = 0
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._over = False
+        self.gated = False
 
     def connect(self, make_pool: MakePool, chain: Any) -> None:
         """Give the segment its pool."""
         self.pool = make_pool(chain, self.ceiling, done=self._guarded, failed=self.host.fail, part=self._part)
+
+    @property
+    def appetite(self) -> int:
+        at_once = self._in_pool + self.pool.room() if self.gated else self.ceiling  # at a gate, more may wait to start
+        return 2 * at_once * self.merges
 
     async def open(self) -> None:
         await self.pool.open()
