@@ -700,7 +700,7 @@ def test_a_timed_out_thread_is_replaced_under_its_number_and_its_late_result_dro
             assert isinstance(late.error, StageTimeout)
             assert str(late.error) == "stage 'slow': an attempt took longer than its timeout of 0.2 s"
             assert (then.outcome, then.value) == (OK, 0)
-            assert rig.pool.abandoned == ["penstock-stage-0 (timed out)"]
+            assert rig.pool.abandoned == ["penstock-stage-0 (timed out, number 1)"]
             assert rig.pool.in_progress <= 1
             go.set()
             threads[0].join(10)

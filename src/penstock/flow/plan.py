@@ -74,7 +74,7 @@ class Segment:
             Step(name, work.function, _verb(work), work.options.timeout)
             for name, work in zip(self.names, self.works, strict=True)
         )
-        return Chain("+".join(self.names), steps)
+        return Chain("+".join(self.names), steps, attempts=2 if isinstance(self.stages[0], MapBatches) else 1)
 
 
 def _verb(work: Work) -> int:

@@ -73,6 +73,8 @@ class Retry:
             raise PlanError(f"Retry(attempts={self.attempts!r})", "Give a whole number of further attempts, 0 or more")
         if isinstance(self.backoff, bool) or not isinstance(self.backoff, (int, float)) or not 0 <= self.backoff < inf:
             raise PlanError(f"Retry(backoff={self.backoff!r})", "Give seconds, 0 or more")
+        if not isinstance(self.jitter, bool):
+            raise PlanError(f"Retry(jitter={self.jitter!r})", "Give True for a random part of the wait, or False")
         kinds = self.on if isinstance(self.on, tuple) else (self.on,)
         if not all(isinstance(kind, type) and issubclass(kind, BaseException) for kind in kinds) and (
             isinstance(self.on, (type, tuple)) or not callable(self.on)

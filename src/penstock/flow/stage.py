@@ -292,6 +292,9 @@ def _resolve(where: str, function: Any, given: dict[str, Any], defaults: dict[st
     on_error = _first(given, defaults, "on_error", "raise")
     if on_error not in _ON_ERROR:
         raise PlanError(f"{where} on_error={on_error!r}", f"Give one of {', '.join(map(repr, _ON_ERROR))}")
+    ordered = _first(given, defaults, "ordered", True)
+    if not isinstance(ordered, bool):
+        raise PlanError(f"{where} ordered={ordered!r}", "Give True for outputs in the order of the input, or False")
     key = given.get("key")
     if key is not None and not callable(key):
         raise PlanError(f"{where} key={key!r} isn't callable", "Give a function of an item")
@@ -305,7 +308,7 @@ def _resolve(where: str, function: Any, given: dict[str, Any], defaults: dict[st
         place=place,
         ceiling=ceiling,
         named=named,
-        ordered=bool(_first(given, defaults, "ordered", True)),
+        ordered=ordered,
         key=key,
         retry=as_retry(_last(given, defaults, "retry")),
         timeout=_seconds(_last(given, defaults, "timeout"), f"{where} timeout"),

@@ -44,7 +44,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import msgspec
 
-from penstock.errors import ExpansionTooLarge, StrayException
+from penstock.errors import ExpansionTooLarge, PlanError, StrayException
 
 __all__ = [
     "DIED",
@@ -70,6 +70,7 @@ __all__ = [
     "as_failure",
     "bind",
     "cores",
+    "in_closing",
     "is_async",
     "outside",
     "per_worker",
@@ -130,10 +131,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """The steps that one worker runs for a task, and the name of the whole for messages and thread names."""
+    """The steps that one worker runs for a task, and the name of the whole for messages and thread names.
+
+    ``attempts``: calls it may take to find the one value that hangs; a batch takes one, and its guilty item another.
+    """
 
     name: str
     steps: tuple[Step, ...]
+    attempts: int = 1
 
     @property
     def streams(self) -> bool:
@@ -165,7 +170,8 @@ def per_worker(factory: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     Returns a description to be given to ``map``, ``map_batches``, ``filter`` or ``flat_map``; nothing is built
     here. Its declared type is that of the object, so that the flow's item type follows.
 
-    Raises nothing itself; what the constructor raises comes out of the run as itself, before any item is read.
+    Raises PlanError for a factory that can't be called; what the constructor raises comes out of the run as itself,
+    before any item is read.
 
     >>> import penstock as ps
     >>> class Scale:
@@ -176,6 +182,11 @@ def per_worker(factory: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     >>> ps.Flow([1, 2, 3]).map(ps.per_worker(Scale, 10)).collect_sync()
     [10, 20, 30]
     """
+    if not callable(factory):
+        raise PlanError(
+            f"per_worker({factory!r:.60}) was given {type(factory).__name__!r}, which isn't callable",
+            "Give a class or a function that makes the object, and its arguments: per_worker(Model, 'weights.bin')",
+        )
     return PerWorker(factory, args, kwargs)  # type: ignore[return-value]  # stands for the object it will build
 
 
@@ -246,6 +257,11 @@ def bind(chain: Chain) -> tuple[list[Any], Callable[[], list[Any]]]:
             raise
         raise failure from error
     return calls, lambda: closers
+
+
+def in_closing(chain: str) -> str:
+    """The note for what ``close`` of an object of ``per_worker`` raised."""
+    return f"in close() of an object that a worker of stage {chain!r} had"
 
 
 def as_failure(stage: str, error: BaseException) -> BaseException:

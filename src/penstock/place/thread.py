@@ -85,6 +85,7 @@ class ThreadPool(Pool):
         self._shortest = min((step.timeout for step in chain.steps if step.timeout is not None), default=math.inf)
         self._out = 0
         self._counted = 0
+        self._gave_up = 0
 
     @property
     def in_progress(self) -> int:
@@ -288,15 +289,16 @@ class ThreadPool(Pool):
         task.value = given
         task.error = StageTimeout(step.name, step.timeout)
         task.outcome = TIMED_OUT
-        task.seconds = None
+        task.seconds = [step.timeout]
         self._exchange.results.append(task)
-        worker.thread.name += " (timed out)"
+        self._gave_up += 1
+        worker.thread.name += f" (timed out, number {self._gave_up})"
         if worker.awaiting is not None:
             worker.awaiting.cancel()
         if worker.stream is not None and worker.stream.buffer:
             self._hand_over(worker.stream)  # what came in time counts, granted or not
         count = len(self.abandoned)
-        if count > self.workers:
+        if count > self.workers * self.chain.attempts:
             self.failed(AbandonedThreads(self.chain.name, count))
             return False
         self._workers[worker.index] = self._start(worker.index)
