@@ -159,7 +159,7 @@ class Throttled(PenstockError, RuntimeError):
 
 
 class AbandonedThreads(PenstockError, RuntimeError):
-    """More threads of ``stage`` hang past their timeout than it has workers (``count``)."""
+    """More threads of ``stage`` hang past their timeout (``count``) than it has workers; for batches, than twice that."""
 
     def __init__(self, stage: str, count: int) -> None:
         super().__init__(stage, count)
@@ -187,9 +187,10 @@ class WorkerDied(PenstockError, RuntimeError):
         how = "ended"
         if code is not None:
             how = f"was killed by signal {-code}" if code < 0 else f"exited with code {code}"
+        memory = "Signal 9 is often the system running out of memory; " if code == -9 else ""
         return (
             f"stage {self.stage!r}: its worker process {how} while it worked on {self.item}. "
-            "Signal 9 is often the system running out of memory; retry= gives the item another worker"
+            f"{memory}retry= gives the item another worker"
         )
 
 

@@ -45,7 +45,7 @@ def batch(kind: type[BaseException]) -> Callable[[list[int]], Any]:
 STAGES: dict[str, Any] = {
     "loop": lambda flow, kind, **given: flow.map(awaited(kind), name="s", **given),
     "threads": lambda flow, kind, **given: flow.map(at_one(kind), name="s", **given),
-    "awaited in threads": lambda flow, kind, **given: flow.map(lambda x: awaited(kind)(x), name="s", **given),
+    "awaited in threads": lambda flow, kind, **given: flow.map(awaited(kind), place="thread", name="s", **given),
     "filter": lambda flow, kind, **given: flow.filter(lambda x: at_one(kind)(x) is not None, name="s", **given),
     "flat_map": lambda flow, kind, **given: flow.flat_map(whole(kind), name="s", **given),
     "one by one": lambda flow, kind, **given: flow.flat_map(whole(kind), whole=False, name="s", **given),
@@ -74,8 +74,6 @@ def test_an_exception_that_steers_goes_by_on_error(shape: str, kind: type[BaseEx
 @pytest.mark.parametrize("shape", STAGES)
 @pytest.mark.parametrize("how", ["collect", "run", "async for", "for"])
 def test_raised_it_can_be_taken_for_nothing_else(shape: str, kind: type[BaseException], how: str) -> None:
-    if how == "for" and shape != "threads":
-        pytest.skip("the same for every stage")
     flow = STAGES[shape](ps.Flow(range(3)), kind)
 
     async def main() -> None:
@@ -178,8 +176,8 @@ def test_the_end_of_the_loop_is_no_items_failure(asynchronous: bool) -> None:
                 await asyncio.sleep(3600)
             return x
 
-        function: Any = work if asynchronous else lambda x: work(x)
-        job = ps.Flow(range(9)).map(function, on_error="skip").to(recorder)
+        place: Any = "loop" if asynchronous else "thread"
+        job = ps.Flow(range(9)).map(work, place=place, on_error="skip").to(recorder)
         task = asyncio.create_task(job.run(progress=False))
         await reached.wait()
         return task

@@ -47,7 +47,7 @@ class ChainSegment(WorkSegment):
         self._lane_of: dict[int, Any] = {}
         self._streams: dict[int, Stream] = {}
         self._parts: deque[tuple[Task, list[Any]]] = deque()
-        self._counts = any(policy.judges_share for policy in self.policies)
+        self._counts = any(policy.budget is not None for policy in self.policies)
         self._counted: dict[int, int] = {}  # by the id() of a task that will come again: stages that have counted it
 
     def _turn(self) -> None:
@@ -103,8 +103,8 @@ class ChainSegment(WorkSegment):
             if self._counts:
                 self._count(task)
             if task.seconds is not None:
-                if outcome == OK:
-                    self.meter.add_samples(len(self.policies) - len(task.seconds), task.seconds)
+                came_to = len(self.policies) if outcome == OK else max(task.at, task.stopped) + 1
+                self.meter.add_samples(came_to - len(task.seconds), task.seconds)
                 task.seconds = None
             if spreads and outcome == OK:
                 self._check_size(task)
@@ -140,7 +140,7 @@ class ChainSegment(WorkSegment):
         return []
 
     def _count(self, task: Task) -> None:
-        """A share of failures is one of the items that were tried: count this one at the stages it came to."""
+        """A budget of failures is held against the items that were tried: count this one at the stages it came to."""
         last = len(self.policies) - 1 if task.outcome == OK else max(task.at, task.stopped)
         for policy in self.policies[self._counted.pop(id(task), 0) : last + 1]:
             policy.tried += 1

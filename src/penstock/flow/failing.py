@@ -74,7 +74,8 @@ def _stops_run(error: BaseException) -> bool:
 class Policy:
     """How one stage deals with failures; ``tries``, shared by a segment, remembers how often a task was tried.
 
-    Where ``judges_share``, the segment counts in ``tried`` the items that the stage has tried, whatever came of them.
+    Where there is a ``budget``, the segment counts in ``tried`` the items that the stage has tried, whatever came of
+    them.
     """
 
     def __init__(
@@ -110,7 +111,15 @@ class Policy:
             error = WorkerDied(self.stage, error, short(task.value))
         stage, attempts = self._tries.pop(id(task), (self.stage, 0))
         attempts = attempts + 1 if stage == self.stage else 1
-        if self.retry is not None and not _stops_run(error) and self.retry.repeats(error, attempts):
+        repeats = False
+        if self.retry is not None and not _stops_run(error):
+            try:
+                repeats = self.retry.repeats(error, attempts)
+            except Exception as raised:  # by the function of on=: the item fails with that, as its key= would fail it
+                raised.__cause__ = error
+                raised.add_note(f"raised by Retry(on=) of stage {self.stage!r}, when it was asked about its cause")
+                error = raised
+        if self.retry is not None and repeats:
             self._tries[id(task)] = (self.stage, attempts)
             self.meter.retried += 1
             return Verdict(RETRY, error, self.retry.delay(attempts))

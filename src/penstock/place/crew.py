@@ -29,6 +29,7 @@ from penstock.place.base import (
     Task,
     as_failure,
     bind,
+    in_closing,
     set_worker_index,
     spread,
     spread_async,
@@ -92,10 +93,12 @@ class Exchange:
         self.on_ended: Callable[[Worker], None]
         self.on_blocked: Callable[[Stream], None]
 
-    def call(self, function: Callable[..., None], *args: Any) -> None:
-        """Have the loop call this. If the loop is closed, there is nobody left to tell."""
+    def call(self, function: Callable[..., None], *args: Any) -> bool:
+        """Have the loop call this. If the loop is closed (False), there is nobody left to tell."""
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(function, *args)
+            return True
+        return False
 
     def ring(self) -> None:
         """Have the loop deliver, unless it is about to."""
@@ -151,8 +154,11 @@ class Worker:
         self.task = self.stamp = self.stream = None
         for closer in closers():
             try:
-                closer()
+                result = closer()
+                if hasattr(result, "__await__"):
+                    self._await(result, closing=True)
             except BaseException as error:
+                error.add_note(in_closing(exchange.chain.name))
                 self.error = self.error or error
         exchange.call(exchange.on_ended, self)
 
@@ -320,12 +326,12 @@ class Worker:
 
     def _await(self, awaitable: Any, *, closing: bool = False) -> Any:
         """Have the loop await this, and wait for what comes of it."""
-        if self.exchange.aborted and not closing:
+        outcome: Future[Any] = Future()
+        refused = self.exchange.aborted and not closing
+        if refused or not self.exchange.call(self._begin_await, awaitable, outcome, closing):
             if inspect.iscoroutine(awaitable):
                 awaitable.close()
             raise _Ended
-        outcome: Future[Any] = Future()
-        self.exchange.call(self._begin_await, awaitable, outcome, closing)
         return outcome.result()
 
     @property

@@ -38,6 +38,7 @@ from penstock.place.base import (
     Task,
     as_failure,
     bind,
+    in_closing,
     is_async,
     spread_async,
 )
@@ -181,8 +182,9 @@ class LoopPool(Pool):
             if plain:
                 step = task.at
                 value = task.value
+                timed = self._timed
                 try:
-                    if self._timed:
+                    if timed:
                         began = clock()
                         seconds = []
                         for call in calls[step:]:
@@ -197,6 +199,9 @@ class LoopPool(Pool):
                             value = await call(value)
                             step += 1
                 except BaseException as error:
+                    if timed:
+                        seconds.append(clock() - began)
+                        self._sampled(task, seconds)
                     self._fail(task, step, value, error)
                 else:
                     task.value = value
@@ -269,6 +274,7 @@ class LoopPool(Pool):
                     value = result
                 step += 1
         except BaseException as error:
+            seconds.append(clock() - began)
             self._fail(task, step, value, error)
             if scope is not None and scope.expired() and isinstance(error, TimeoutError):
                 task.outcome = TIMED_OUT
@@ -366,7 +372,14 @@ class LoopPool(Pool):
         for task in self._finished:
             task.error = None  # its traceback holds a resident's frame, which may hold the task: a cycle nobody sees
         self._finished.clear()
+        failure: Exception | None = None
         for closer in self._closers():
-            result = closer()
-            if inspect.isawaitable(result):
-                await result
+            try:
+                result = closer()
+                if inspect.isawaitable(result):
+                    await result
+            except Exception as error:
+                error.add_note(in_closing(self.chain.name))
+                failure = failure or error
+        if failure is not None:
+            raise failure

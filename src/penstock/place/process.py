@@ -445,6 +445,8 @@ class ProcessPool(Pool):
         task.outcome = outcome
         task.error = error
         task.stopped = step if number == stamped else task.at
+        if outcome == TIMED_OUT:
+            task.seconds = [self.chain.steps[step].timeout or 0.0]
         return task
 
     # -- the end ----------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from penstock.place.base import (
     STREAM,
     Chain,
     bind,
+    in_closing,
     set_worker_index,
     spread,
     spread_async,
@@ -168,6 +169,7 @@ class Worker:
             try:
                 self._await(closer())
             except Exception as error:
+                error.add_note(in_closing(self._chain.name))
                 failure = failure or freeze_error(error)
         if self._runner is not None:
             self._runner.close()
@@ -229,6 +231,7 @@ class Worker:
         seconds: list[float] = []
         step = at
         given = value
+        began = clock()
         try:
             while step < len(calls):
                 given = value
@@ -256,6 +259,8 @@ class Worker:
                 step -= 1  # if the result can't travel, the last step gets the blame
                 self._add(step, value)
         except BaseException as error:
+            if len(seconds) == step - at:  # the step itself failed, and not the sending of what it gave
+                seconds.append(clock() - began)
             self._fail(error, at, step, given)
         if self._until_sample <= 0:
             self.outbox.timings.append((number, seconds))
@@ -270,7 +275,7 @@ class Worker:
             raise refusal(self._chain.steps[step].name, value, error) from None
 
     def _fail(self, error: BaseException, at: int, step: int, given: Any) -> None:
-        if not isinstance(error, Exception) and type(error).__name__ != "CancelledError":
+        if isinstance(error, SystemExit):
             raise error
         self._times[1] = inf
         self._leave(FAILED, at, step, error, given)
