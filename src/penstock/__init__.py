@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from penstock import errors, testing
     from penstock.files import read, write
     from penstock.flow.contract import Failed
-    from penstock.flow.flow import Flow, Job
+    from penstock.flow.flow import Flow
+    from penstock.flow.job import Job
     from penstock.flow.limit import Limit
     from penstock.flow.report import Report
     from penstock.flow.retry import Retry
@@ -49,7 +50,7 @@ _HOMES = {
     "Failed": "penstock.flow.contract:Failed",
     "Fetched": "penstock.net.fetched:Fetched",
     "Flow": "penstock.flow.flow:Flow",
-    "Job": "penstock.flow.flow:Job",
+    "Job": "penstock.flow.job:Job",
     "Limit": "penstock.flow.limit:Limit",
     "Report": "penstock.flow.report:Report",
     "Request": "penstock.net.request:Request",

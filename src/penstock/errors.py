@@ -159,7 +159,7 @@ class Throttled(PenstockError, RuntimeError):
 
 
 class AbandonedThreads(PenstockError, RuntimeError):
-    """More threads of ``stage`` hang past their timeout (``count``) than it has workers; for batches, than twice that."""
+    """More threads of ``stage`` hang past their timeout (``count``) than it has workers, or for batches twice that."""
 
     def __init__(self, stage: str, count: int) -> None:
         super().__init__(stage, count)

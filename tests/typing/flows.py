@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from typing import assert_type
+from typing import Any, assert_type
+
+import numpy as np
+from numpy.typing import NDArray
 
 import penstock as ps
 
@@ -27,6 +30,30 @@ async def letters(text: str) -> AsyncIterator[str]:
 
 async def pair(text: str) -> list[bytes]:
     return [text.encode()] * 2
+
+
+def lengths(texts: list[str]) -> list[int]:
+    return [len(text) for text in texts]
+
+
+def pairs(texts: list[str]) -> tuple[int, ...]:
+    return tuple(map(len, texts))
+
+
+def embed(texts: list[str]) -> NDArray[np.float32]:
+    return np.zeros((len(texts), 3), np.float32)
+
+
+async def embed_async(texts: list[str]) -> NDArray[np.float32]:
+    return embed(texts)
+
+
+def counts(texts: list[str]) -> dict[str, int]:
+    return {text: len(text) for text in texts}
+
+
+def words_of(texts: list[str]) -> Iterator[str]:
+    yield from texts
 
 
 class Scale:
@@ -70,6 +97,11 @@ assert_type(texts.flat_map(words), ps.Flow[str])
 assert_type(texts.flat_map(letters, whole=False), ps.Flow[str])
 assert_type(texts.flat_map(pair), ps.Flow[bytes])
 assert_type(texts.map_batches(ps.per_worker(Embedder, "small"), batch_size=8), ps.Flow[bytes])
+assert_type(texts.map_batches(lengths, batch_size=8), ps.Flow[int])
+assert_type(texts.map_batches(pairs, batch_size=8), ps.Flow[int])
+assert_type(texts.map_batches(embed, batch_size=8), ps.Flow[Any])
+assert_type(texts.map_batches(embed_async, batch_size=8, max_wait=0.1), ps.Flow[Any])
+assert_type(texts.map_batches(lambda xs: [len(x) for x in xs], batch_size=8), ps.Flow[int])
 assert_type(texts.batch(2), ps.Flow[list[str]])
 assert_type(texts.batch(2).unbatch(), ps.Flow[str])
 assert_type(texts.take(3).map(length).filter(bool), ps.Flow[int])
@@ -84,6 +116,16 @@ async def outputs() -> None:
 for number in texts.map(length):
     assert_type(number, int)
 
+# on_error="keep" passes on a Failed wherever an item can fail.
+assert_type(texts.filter(str.isalpha, on_error="keep"), ps.Flow[str | ps.Failed])
+assert_type(texts.filter(str.isalpha, on_error="skip", workers=2), ps.Flow[str])
+assert_type(texts.flat_map(words, on_error="keep"), ps.Flow[str | ps.Failed])
+assert_type(texts.flat_map(letters, whole=False, on_error="keep"), ps.Flow[str | ps.Failed])
+assert_type(texts.flat_map(pair, on_error="keep"), ps.Flow[bytes | ps.Failed])
+assert_type(texts.flat_map(words, on_error="dead_letter"), ps.Flow[str])
+assert_type(texts.map_batches(lengths, batch_size=8, on_error="keep"), ps.Flow[int | ps.Failed])
+assert_type(texts.map_batches(ps.per_worker(Embedder, "x"), batch_size=8, on_error="keep"), ps.Flow[bytes | ps.Failed])
+
 # A job has no verbs, and runs to a report.
 job = texts.map(length).to("lengths.jsonl")
 assert_type(job, ps.Job)
@@ -94,5 +136,7 @@ job.map(length)  # type: ignore[attr-defined]
 texts.map(ps.per_worker(Scale, 10))  # type: ignore[arg-type]
 ps.per_worker(Scale, "ten")  # type: ignore[arg-type]
 ps.per_worker(Scale)  # type: ignore[call-arg]
+texts.map_batches(counts, batch_size=8)  # type: ignore[arg-type]  # a dict has no order of results
+texts.map_batches(words_of, batch_size=8)  # type: ignore[arg-type]  # nobody knows how many an iterator gives
 texts.map(length, place="cloud")  # type: ignore[call-overload]
 texts.map(length, wokers=2)  # type: ignore[call-overload]

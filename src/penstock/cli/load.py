@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import Any
 
 from penstock.errors import MissingInput, PenstockError, PlanError
-from penstock.flow.flow import Flow, Job
+from penstock.flow.flow import Flow
+from penstock.flow.job import Job
 from penstock.flow.sink import as_sink
 
 __all__ = ["find_job", "load_file", "load_job", "split_target"]

@@ -6,7 +6,7 @@ same atomic act as its data: everything about crash-safety follows from ``Sink.c
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -14,7 +14,7 @@ import msgspec
 
 from penstock.flow.progress import Intervals, Position, Positions, Progress
 
-__all__ = ["SUFFIXES", "Delta", "Failed", "JobId", "Origin", "Sink", "Source", "Unreadable"]
+__all__ = ["SUFFIXES", "Delta", "Failed", "JobId", "Origin", "Results", "Sink", "Source", "Unreadable"]
 
 T_co = TypeVar("T_co", covariant=True)
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -57,6 +57,14 @@ class Failed(msgspec.Struct, frozen=True):
     reason: str
     error: str
     attempts: int = 1
+
+
+class Results(Protocol[T_co]):
+    """What the function of ``map_batches`` returns: a list, a tuple, an array; anything with a length and an order."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[T_co]: ...
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Flow and Job: frozen descriptions of what is to be done. Each verb returns a new one; nothing runs here.
+"""Flow: a frozen description of what is to be done. Each verb returns a new one; nothing runs here.
 
 Running is a matter of ``penstock.flow.run``, which is imported when something is to run.
 """
@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Unpack, cast, overload
 
 from penstock.errors import PlanError
-from penstock.flow.contract import Failed, Sink, Source
+from penstock.flow.contract import Failed, Results, Sink, Source
+from penstock.flow.job import Job
 from penstock.flow.memory import as_source
 from penstock.flow.sink import as_sink
 from penstock.flow.stage import (
@@ -37,10 +37,8 @@ from penstock.flow.stage import (
 
 if TYPE_CHECKING:
     from penstock.flow.call import Call
-    from penstock.flow.report import Report
-    from penstock.flow.run import Run
 
-__all__ = ["Flow", "Job"]
+__all__ = ["Flow"]
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -157,13 +155,23 @@ class Flow(Generic[T]):
         name, options = make_options("map", function, given, self.defaults)
         return self._then(Map(function, name, options))
 
+    @overload
     def filter(
         self,
         function: Callable[[T], object] | Callable[[T], Awaitable[object]],
         *,
-        on_error: OnError | None = None,
-        **given: Unpack[StageOptions],
-    ) -> Flow[T]:
+        on_error: Literal["keep"],
+        **options: Unpack[StageOptions],
+    ) -> Flow[T | Failed]: ...
+    @overload
+    def filter(
+        self,
+        function: Callable[[T], object] | Callable[[T], Awaitable[object]],
+        *,
+        on_error: OnError = ...,
+        **options: Unpack[StageOptions],
+    ) -> Flow[T]: ...
+    def filter(self, function: Callable[[T], Any], **given: Any) -> Flow[Any]:
         """Keep the items for which ``function`` returns something true; the others count as filtered.
 
         Parameters and errors: see ``Flow`` and ``map``; PlanError for what can't be run.
@@ -172,7 +180,7 @@ class Flow(Generic[T]):
         >>> ps.Flow(range(5)).filter(lambda x: x % 2).collect_sync()
         [1, 3]
         """
-        name, options = make_options("filter", function, {**given, "on_error": on_error}, self.defaults)
+        name, options = make_options("filter", function, given, self.defaults)
         return self._then(Filter(function, name, options))
 
     @overload
@@ -180,27 +188,54 @@ class Flow(Generic[T]):
         self,
         function: Callable[[T], Awaitable[Iterable[U]]],
         *,
-        whole: bool = True,
-        on_error: OnError | None = None,
-        **given: Unpack[StageOptions],
+        whole: bool = ...,
+        on_error: Literal["keep"],
+        **options: Unpack[StageOptions],
+    ) -> Flow[U | Failed]: ...
+    @overload
+    def flat_map(
+        self,
+        function: Callable[[T], AsyncIterable[U]],
+        *,
+        whole: bool = ...,
+        on_error: Literal["keep"],
+        **options: Unpack[StageOptions],
+    ) -> Flow[U | Failed]: ...
+    @overload
+    def flat_map(
+        self,
+        function: Callable[[T], Iterable[U]],
+        *,
+        whole: bool = ...,
+        on_error: Literal["keep"],
+        **options: Unpack[StageOptions],
+    ) -> Flow[U | Failed]: ...
+    @overload
+    def flat_map(
+        self,
+        function: Callable[[T], Awaitable[Iterable[U]]],
+        *,
+        whole: bool = ...,
+        on_error: OnError = ...,
+        **options: Unpack[StageOptions],
     ) -> Flow[U]: ...
     @overload
     def flat_map(
         self,
         function: Callable[[T], AsyncIterable[U]],
         *,
-        whole: bool = True,
-        on_error: OnError | None = None,
-        **given: Unpack[StageOptions],
+        whole: bool = ...,
+        on_error: OnError = ...,
+        **options: Unpack[StageOptions],
     ) -> Flow[U]: ...
     @overload
     def flat_map(
         self,
         function: Callable[[T], Iterable[U]],
         *,
-        whole: bool = True,
-        on_error: OnError | None = None,
-        **given: Unpack[StageOptions],
+        whole: bool = ...,
+        on_error: OnError = ...,
+        **options: Unpack[StageOptions],
     ) -> Flow[U]: ...
     def flat_map(self, function: Callable[[T], Any], *, whole: bool = True, **given: Any) -> Flow[Any]:
         """Call ``function`` with each item and pass on every element of what it returns or yields.
@@ -222,27 +257,49 @@ class Flow(Generic[T]):
     @overload
     def map_batches(
         self,
-        function: Callable[[list[T]], Awaitable[Sequence[U]]],
+        function: Callable[[list[T]], Awaitable[Results[U]]],
         *,
         batch_size: int,
-        max_wait: float | None = None,
-        on_error: OnError | None = None,
-        **given: Unpack[StageOptions],
+        max_wait: float | None = ...,
+        on_error: Literal["keep"],
+        **options: Unpack[StageOptions],
+    ) -> Flow[U | Failed]: ...
+    @overload
+    def map_batches(
+        self,
+        function: Callable[[list[T]], Results[U]],
+        *,
+        batch_size: int,
+        max_wait: float | None = ...,
+        on_error: Literal["keep"],
+        **options: Unpack[StageOptions],
+    ) -> Flow[U | Failed]: ...
+    @overload
+    def map_batches(
+        self,
+        function: Callable[[list[T]], Awaitable[Results[U]]],
+        *,
+        batch_size: int,
+        max_wait: float | None = ...,
+        on_error: OnError = ...,
+        **options: Unpack[StageOptions],
     ) -> Flow[U]: ...
     @overload
     def map_batches(
         self,
-        function: Callable[[list[T]], Sequence[U]],
+        function: Callable[[list[T]], Results[U]],
         *,
         batch_size: int,
-        max_wait: float | None = None,
-        on_error: OnError | None = None,
-        **given: Unpack[StageOptions],
+        max_wait: float | None = ...,
+        on_error: OnError = ...,
+        **options: Unpack[StageOptions],
     ) -> Flow[U]: ...
     def map_batches(
         self, function: Callable[[list[T]], Any], *, batch_size: int, max_wait: float | None = None, **given: Any
     ) -> Flow[Any]:
-        """Call ``function`` with lists of items; it returns as many results, in order. Items stay single outside.
+        """Call ``function`` with lists of items; it returns as many results, in order: a list, an array, any sequence.
+
+        Items stay single outside.
 
         ``batch_size``: the most items of one call. ``max_wait``: seconds after which a smaller batch goes, counted
         since its *oldest* item came; None waits for a full batch or the end. If the function raises, the batch is
@@ -416,85 +473,3 @@ class Flow(Generic[T]):
         from penstock.flow.call import open_call_blocking
 
         return open_call_blocking(self, max_waiting)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A flow and where its outputs go: what can be run, and run again after a crash. Made by ``Flow.to``."""
-
-    flow: Flow[Any]
-    sink: Sink[Any]
-    name: str | None = None
-    on_error: str = "raise"
-
-    def __repr__(self) -> str:
-        return f"Job({self.flow!r} to {self.sink.identity})"
-
-    def explain(self) -> str:
-        """Say how the job would run: segments, placements, ceilings, and the guarantee with its reason.
-
-        Raises PlanError for a job that can't run.
-
-        >>> import penstock as ps
-        >>> print(ps.Flow([1, 2]).map(str, workers=2).to(print).explain().splitlines()[-1])
-        guarantee: at least once: a function can't commit progress together with its effect
-        """
-        from penstock.flow.plan import make_plan
-
-        return make_plan(self.flow, self).explain()
-
-    async def run(
-        self, *, fresh: bool = False, inline: bool = False, signals: bool = False, progress: bool | None = None
-    ) -> Report:
-        """Run the job to its end and return the report. Run again after a crash, it goes on where it was.
-
-        ``fresh``: discard the output and its progress first. ``inline``: no threads or processes, so that
-        ``breakpoint()`` works. ``signals``: drain and commit on the first SIGINT or SIGTERM and stop at once on the
-        second (main thread only). ``progress``: show it; None shows it where a person looks on.
-
-        Raises what a stage raised by default (see ``on_error``), after the rest was cancelled and awaited; what
-        was finished before is committed. Raises PlanError, ResumeMismatch, OutputInUse and their like before
-        anything is written, SourceExhausted for a second pass over an iterator. Cancelling it stops the run,
-        commits what is finished and leaves the rest to a next run.
-
-        >>> import asyncio, penstock as ps
-        >>> asyncio.run(ps.Flow([1, 2, 3]).to(lambda x: None).run()).delivered
-        3
-        """
-        async with self.start(fresh=fresh, inline=inline, signals=signals, progress=progress) as run:
-            return await run.finish()
-
-    def run_sync(self, *, fresh: bool = False, inline: bool = False, progress: bool | None = None) -> Report:
-        """``run`` for code that isn't async; it works while an event loop runs, too (in a notebook).
-
-        On the main thread the first Ctrl-C or SIGTERM drains and commits, then KeyboardInterrupt (or SystemExit with
-        143) is raised; the second stops at once. The handlers that stood before are restored.
-        """
-        from penstock.flow.sync import run_job_blocking
-
-        return run_job_blocking(self, fresh=fresh, inline=inline, progress=progress)
-
-    def start(
-        self, *, fresh: bool = False, inline: bool = False, signals: bool = False, progress: bool | None = None
-    ) -> Run:
-        """Run the job inside ``async with job.start() as run``: ``run.report()`` is live, leaving the block ends it.
-
-        ``await run.finish()`` waits for the end. Leaving the block earlier cancels the run; when it is left, nothing
-        of it runs any more, and what it failed with is raised if ``finish`` hasn't. Parameters and errors: see ``run``.
-
-        >>> import asyncio, penstock as ps
-        >>> async def main() -> int:
-        ...     async with ps.Flow([1, 2]).to(lambda x: None).start() as run:
-        ...         await run.finish()
-        ...         return run.report().delivered
-        >>> asyncio.run(main())
-        2
-        """
-        from penstock.flow.plan import make_plan
-        from penstock.flow.run import Run
-
-        return Run(make_plan(self.flow, self), fresh=fresh, inline=inline, signals=signals, progress=progress)
-
-    def with_sink(self, sink: Sink[Any]) -> Job:
-        """The same job with its outputs going elsewhere."""
-        return replace(self, sink=sink)

@@ -30,7 +30,8 @@ from penstock.flow.stage import (
 from penstock.place.base import KEEP, MAP, SPREAD, STREAM, Chain, Step
 
 if TYPE_CHECKING:
-    from penstock.flow.flow import Flow, Job
+    from penstock.flow.flow import Flow
+    from penstock.flow.job import Job
 
 __all__ = ["Plan", "Segment", "make_plan", "plan_call", "stage_takes"]
 

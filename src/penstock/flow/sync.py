@@ -21,7 +21,7 @@ from penstock.errors import WrongLoop
 from penstock.flow.interrupts import Interrupts
 
 if TYPE_CHECKING:
-    from penstock.flow.flow import Job
+    from penstock.flow.job import Job
     from penstock.flow.report import Report
 
 __all__ = ["background_loop", "on_background_loop", "run_blocking", "run_job_blocking"]

@@ -31,7 +31,7 @@ import msgspec
 
 from penstock.errors import PlanError
 from penstock.files.output import Output
-from penstock.flow.flow import Job
+from penstock.flow.job import Job
 from penstock.flow.plan import make_plan
 from penstock.place.pickling import dumps
 from penstock.testing.comparing import Remains, first_difference, remains

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from penstock.files.output import Output
-from penstock.flow.flow import Job
+from penstock.flow.job import Job
 
 __all__ = ["main"]
 
