@@ -143,6 +143,37 @@ def test_law_bounded_by_demand_where_work_is_quick_and_the_consumer_is_slow(
     assert ahead <= 2 * at_once + 32 + read_ahead
 
 
+@pytest.mark.parametrize("place", ["loop", "thread"])
+def test_law_bounded_outputs_of_one_item_that_are_slow_to_make(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a stream ends after a few milliseconds, here after no time at all, and not only when it is long."""
+    monkeypatch.setattr("penstock.place.crew.PART_TIME", 0.0)
+    monkeypatch.setattr("penstock.place.loop.SLICE", 0.0)
+    made = 0
+
+    def expand(_: int) -> Iterator[int]:
+        nonlocal made
+        while made < 10_000:
+            made += 1
+            yield made
+
+    async def expand_async(_: int) -> AsyncIterator[int]:
+        for output in expand(0):
+            yield output
+
+    async def main() -> None:
+        function: Any = expand if place == "thread" else expand_async
+        outputs = aiter(ps.Flow([1]).flat_map(function, whole=False))
+        ahead = 0
+        for taken in range(1, 100):
+            await anext(outputs)
+            await asyncio.sleep(0.5)
+            ahead = max(ahead, made - taken)
+        await outputs.aclose()
+        assert ahead <= 64 + 256  # before the consumer, and what it took
+
+    run_virtual(main())
+
+
 def test_law_bounded_a_consumer_that_becomes_slow_is_followed() -> None:
     items = Endless()
 

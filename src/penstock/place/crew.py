@@ -36,10 +36,13 @@ from penstock.place.base import (
 )
 from penstock.place.loop import is_cancelled
 
-__all__ = ["PARTS_OUT", "Exchange", "Stamp", "Stream", "Worker"]
+__all__ = ["PARTS_OUT", "PART_TIME", "Exchange", "Stamp", "Stream", "Worker"]
 
 PARTS_OUT = 2
 """Parts of a stream that may be handed over before the first grant."""
+
+PART_TIME = 0.004
+"""Seconds of a stream's work in one part: what is slow to make is large, or dear, and not wanted by the thousand."""
 
 _ALWAYS_TIMED = 0.0001
 _SAMPLE_EVERY = 128
@@ -376,6 +379,8 @@ class Worker:
         stream = self.stream = Stream(task)
         buffer = stream.buffer
         outputs = self._outputs(result)
+        clock = time.perf_counter
+        began = clock()
         try:
             for output in outputs:
                 if exchange.aborted:
@@ -385,8 +390,10 @@ class Worker:
                 buffer.append(output)
                 if not exchange.due:
                     exchange.ring()
-                if len(buffer) >= PART_SIZE:
-                    self._wait_below(stream, PART_SIZE)
+                ahead = len(buffer)
+                if ahead >= PART_SIZE or (ahead and clock() - began >= PART_TIME):
+                    self._wait_below(stream, ahead)
+                    began = clock()
                     if timed:
                         self._stamp(task, at, value)
         except _Ended:
