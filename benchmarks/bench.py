@@ -35,6 +35,9 @@ BENCHMARKS = (
     "flow_report",
     "flow_resume",
     "start",
+    "enrich_kills",
+    "fetch_overhead",
+    "limit_adaptive",
 )
 STORE = HERE / "results.json"
 SHOWN = HERE / "RESULTS.md"
@@ -93,7 +96,7 @@ def ours() -> float:
 def versions() -> str:
     script = (
         "import platform, importlib.metadata as m\n"
-        "names = 'numpy uvloop spdl-core aiostream pypeln joblib pillow'.split()\n"
+        "names = 'numpy uvloop aiohttp httpx ray spdl-core aiostream pypeln joblib pillow'.split()\n"
         "have = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
         "print(', '.join(['Python ' + platform.python_version()] + [f'{n} {have[n]}' for n in names if n in have]))"
     )

@@ -164,6 +164,27 @@ def test_what_tokens_raises_is_that_items_error() -> None:
     assert (failed.item, failed.reason) == (0, "ZeroDivisionError")
 
 
+@pytest.mark.parametrize("how", [{"concurrency": 32}, {"concurrency": "auto"}])
+def test_requests_that_come_together_at_the_start_dont_ruin_the_rate(how: dict[str, Any]) -> None:
+    """Connections are made, modules imported: the first requests arrive all at once, and most of them are refused."""
+    left, last, refused = 10.0, 0.0, 0
+
+    async def ask(x: int) -> int:
+        nonlocal left, last, refused
+        await asyncio.sleep(max(0.5 - now(), 0.002))
+        left, last = min(10.0, left + 100 * (now() - last)), now()
+        if left < 1:
+            refused += 1
+            raise TooMany(f"{(1 - left) / 100:.3f}")
+        left -= 1
+        await asyncio.sleep(0.02)
+        return x
+
+    flow = ps.Flow(range(2000)).map(ask, limit=ps.Limit(per_minute=6000), **how)
+    assert run_virtual(_timed(flow.collect())) < 20 / 0.9
+    assert 0 < refused <= 0.02 * 2000
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Enrichment through an API that bills each answer: killed at random instants, no committed answer is asked for twice."""
+"""Enrichment through an API that bills each answer: however it is killed, no committed answer is asked for twice."""
 
 from __future__ import annotations
 

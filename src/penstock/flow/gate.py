@@ -265,7 +265,7 @@ class Gate(Pool):
         for task in tasks:
             start = self._starts.pop(id(task))
             site = start.site
-            saturated = site.full or bool(site.queue)
+            saturated = site.timer is None and (site.full or bool(site.queue))
             site.started -= 1
             signal = self._read(task)
             site.pace.report(now, signal, start.tokens, start.began)

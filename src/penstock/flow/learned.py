@@ -23,13 +23,15 @@ from penstock.flow.signals import Quota
 __all__ = ["Learned", "Told"]
 
 _LEAST_RATE = 1 / 60
+_FIRST_RATE = 1.0
 _FIRST_BACKOFF = 0.5
 _LONGEST_BACKOFF = 60.0
 _GAP = 120.0  # seconds in which nobody asked, after which a refusal begins another patience
 
 _BELOW = 0.98  # of what went through
 _TRUSTED_AFTER = 200  # so many have gone through at a rate: it has held
-_TRUSTED_CUT = 0.85  # at most so deep a cut for one that has held
+_BELIEVED = 3  # bursts of refusals at the start, after which a rate that was given isn't believed any more
+_TRUSTED_CUT = 0.95  # at most so deep a cut for one that has held
 _FEW = 5  # fewer than these say little about a rate
 _FEW_CUT = 0.3
 _HORIZON = 60.0  # a cycle is counted over one to two of these at most: a server counts in minutes
@@ -38,30 +40,38 @@ _QUIET = 5.0  # seconds without a request that don't count as time in which some
 _EARNED = 1 / 200  # of one refusal, by one success
 _MOST_OWED = 5.0  # or a minute's successes, if they are more: a first burst isn't held against a server for ever
 _STEP_SECONDS = 10.0
-_STEP_COUNT = 50
+_STEP_COUNT = 10
 _FIRST_STEP = 0.01
 _RAISES = 3  # by each step, before it doubles
 _LARGEST_STEP = 0.25
 _PROVEN = 0.9  # up to so much of what had gone through before, a rate that was cut too deeply comes back at once
-_CATCH_UP = 0.1
+_CATCH_UP = 1.1
+_EXPLORE = 1.5  # where nothing is known
 
 _SPREAD_WITHIN = 90.0  # seconds; a quota for longer is used as it comes, until little of it is left
 _LOW = 0.1
 
 
 class Learned:
-    """``rate``: requests a second, inf until something is refused."""
+    """``rate``: requests a second, inf until something is refused.
 
-    def __init__(self) -> None:
+    ``vouched``: the rate that was given by somebody who should know it. As long as too little has gone through to say
+    otherwise, and most of it has, it is cut by little: what is refused at the start may have been sent evenly and come
+    all at once.
+    """
+
+    def __init__(self, vouched: float = 0.0) -> None:
         self.rate = inf
         self._through = 0  # what was sent and not refused; a slow answer counts from when it was asked for
+        self._cuts = 0
         self._last = -inf  # when something was sent or came back
         self._cut_at = -inf
         self._misses = 0
         self._resumed = True
         self._before = inf  # the rate at which it was refused
         self._trusted = False
-        self._proven = 0.0  # a rate that has held for long, or the lowest that was refused since
+        self._vouched = vouched
+        self._proven = inf  # a rate that has held for long, or the lowest that was refused since
         self._since: float | None = None  # the first refusal since a success
         self._refused_at = self._until = -inf
         self._start = self._recent = self._older = (-inf, 0)  # marks: when, and how many had gone through
@@ -97,14 +107,18 @@ class Learned:
         self._step_goods += 1
         if self._step_goods >= _STEP_COUNT and now - self._step_at >= _STEP_SECONDS and not self._misses:
             if 2 * self._step_held >= self._step_sent:
-                if self.rate < self._proven:
-                    self.rate = min(self.rate * (1 + _CATCH_UP), self._proven)
-                elif not self._owed:
-                    self.rate = min(self.rate * (1 + self._step), most)
-                    self._raises += 1
-                    if self._raises % _RAISES == 0:
-                        self._step = min(_LARGEST_STEP, 2 * self._step)
+                self._creep(most)
             self._begin_step(now)
+
+    def _creep(self, most: float) -> None:
+        """All has gone well for a step: a little more, if that is due."""
+        if self.rate < self._proven:
+            self.rate = min(self.rate * (_CATCH_UP if self._proven < inf else _EXPLORE), self._proven, most)
+        elif not self._owed:
+            self.rate = min(self.rate * (1 + self._step), most)
+            self._raises += 1
+            if self._raises % _RAISES == 0:
+                self._step = min(_LARGEST_STEP, 2 * self._step)
 
     def refused(self, now: float, began: float, retry_after: float | None, rate: float) -> float:
         """A request was refused, while ``rate`` was the rate. Returns until when nothing may be sent."""
@@ -114,20 +128,24 @@ class Learned:
         self._take_back(began)
         self._owed += 1
         if began <= self._cut_at:
-            return -inf if retry_after is None else now + retry_after
-        self._trusted = rate < inf and not self._misses and self._through - self._start[1] >= _TRUSTED_AFTER
-        if not self._misses:
+            if retry_after is not None:
+                self._until = max(self._until, now + retry_after)
+            return self._until
+        held = self._through - self._start[1] >= _TRUSTED_AFTER
+        self._trusted = rate < inf and not self._misses and held
+        if not self._misses and rate < inf:
             level = _PROVEN * min(rate, self._went(self._older, now)[1])
             self._proven = level if self._trusted else min(self._proven, level)
         self._before = rate
         self._cut_at = now
+        self._cuts += 1
         self._misses = min(self._misses + 1, 20)
         self._resumed = False
         self._step, self._raises = _FIRST_STEP, 0
         backoff = _FIRST_BACKOFF * 2.0 ** (self._misses - 1)
         if retry_after is not None:  # heeded twice and refused again: it says too little
             backoff = max(retry_after, backoff / 4 if self._misses > 2 else 0.0)
-        self._until = now + min(backoff, max(_LONGEST_BACKOFF, retry_after or 0.0))
+        self._until = max(self._until, now + min(backoff, max(_LONGEST_BACKOFF, retry_after or 0.0)))
         return self._until
 
     def resumed(self, now: float) -> bool:
@@ -139,8 +157,13 @@ class Learned:
         passed, rate = self._went(self._older if self._older[0] > self._start[0] else self._start, now)
         if self._trusted:
             rate = max(rate, _TRUSTED_CUT * before)
+        elif self._vouched and self._cuts <= _BELIEVED and self._through < _TRUSTED_AFTER:
+            rate = max(rate, _TRUSTED_CUT * self._vouched)
+        elif self._went(self._older, now)[0] <= 0:  # nothing has gone through at all: it may be any rate
+            rate = _FIRST_RATE
+            self._proven = inf
         elif passed < _FEW:
-            rate = max(rate, _FEW_CUT * before if before < inf else 1.0)
+            rate = max(rate, _FEW_CUT * before if before < inf else _FIRST_RATE)
         self.rate = max(_LEAST_RATE, min(rate, _BELOW * before))
         self._owed = min(self._owed, max(_MOST_OWED, _EARNED * _HORIZON * self.rate))
         self._mark = (now, self._through)
@@ -159,15 +182,15 @@ class Learned:
         passed = self._through - through
         return passed, _BELOW * passed / max(now - started, 1e-3)
 
-    def refused_for(self, now: float, paused_until: float) -> float:
+    def refused_for(self, now: float) -> float:
         """Seconds for which it has been refused, or told to wait, without one success."""
         if self._since is None:
             return 0.0
-        return max(self._refused_at, min(now, paused_until)) - self._since
+        return max(self._refused_at, min(now, self._until)) - self._since
 
-    def forgive(self, now: float, paused_until: float) -> None:
+    def forgive(self, now: float) -> None:
         """Begin another patience."""
-        self._since = now if paused_until > now else None
+        self._since = now if self._until > now else None
 
     def restart(self) -> None:
         """The clock starts anew: the rate stays, all that was stamped is forgotten."""

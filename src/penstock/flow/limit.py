@@ -17,7 +17,7 @@ A waiter that asks no more and never leaves keeps at most one grant.
 What may be sent is the least of three rates:
 
 1. *Given*: per second or per minute, a hundredth below it, since a server counts from another moment than we do.
-   It is spread evenly: after a pause, and at the start, at most 50 ms of it (or one request) go at once.
+   It is spread evenly: after a pause, and at the start, at most 20 ms of it (or one request) go at once.
 2. *Told* by the headers of answers: what remains, spread over the time until it is whole again; nothing if nothing
    remains. A request quota so far off that spreading would only delay (an hour's, a day's) is used as it comes.
 3. *Learned* from refusals. Answers of requests that were sent before the last cut don't cut again: they are the same
@@ -47,13 +47,13 @@ PATIENCE = 600.0
 """Seconds of refusals without one success, after which a Pace is hopeless."""
 
 _MARGIN = 0.99
-_BURST = 0.05
+_BURST = 0.02  # seconds of a rate: enough for timers that are late, and little enough for a server that counts seconds
 _MOST_PACES = 10_000
 _LEAST_WAIT = 1e-4  # timers have no finer grain; a burst makes up for it
 
 _EXPECTED = {
-    "tokens": "of an item, that returns how many tokens its request will use",
-    "throttled": "of an exception or a result, that returns True, the seconds to wait, or False",
+    "tokens": "of an item that returns how many tokens its request will use",
+    "throttled": "of an exception or a result that returns True, the seconds to wait, or False",
 }
 
 
@@ -90,7 +90,7 @@ class Limit:
                 raise PlanError(f"Limit({name}={rate!r})", "Give a positive number, or leave it out for no such bound")
         for name, function in (("tokens", tokens), ("throttled", throttled)):
             if function is not None and not callable(function):
-                raise PlanError(f"Limit({name}={function!r})", f"Give a function: {_EXPECTED[name]}")
+                raise PlanError(f"Limit({name}={function!r})", f"Give a function {_EXPECTED[name]}")
         if tokens_per_minute is not None and tokens is None:
             raise PlanError(
                 f"Limit(tokens_per_minute={tokens_per_minute!r}) without tokens=",
@@ -187,13 +187,14 @@ class Pace:
         self._given = requests * _MARGIN
         self._requests = _Bucket(self._given, 1.0)
         self._tokens = _Bucket(tokens * _MARGIN, 0.0)
-        self._learned = Learned()
+        self._learned = Learned(vouched=self._given if requests < inf else 0.0)
         self._told_requests = Told()
         self._told_tokens = Told()
         self._usage = 0.0  # tokens of a request, the mean of late, where answers tell
         self._queue: OrderedDict[int, _Waiter] = OrderedDict()
         self._granted: dict[int, _Waiter] = {}
         self._queued_tokens = 0.0
+        self._asked = 0
         self._now = -inf
         self._lock = threading.Lock()
 
@@ -208,11 +209,16 @@ class Pace:
         return self._requests.rate
 
     def ask(self, now: float, waiter: object, tokens: float = 0.0) -> float:
-        """0 if ``waiter`` may start now: its request is charged. Else the seconds after which to ask again."""
+        """0 if ``waiter`` may start now: its request is charged. Else the seconds after which to ask again.
+
+        A waiter is itself, whatever it equals. It may change its mind about ``tokens`` while it waits.
+        """
         with self._lock:
             now = self._at(now)
             key = id(waiter)
-            if self._granted.pop(key, None) is not None:
+            granted = self._granted.pop(key, None)
+            if granted is not None:
+                self._tokens.take(tokens - granted.tokens)
                 return 0.0
             self._set_rates(now)
             mine = self._queue.get(key)
@@ -220,8 +226,12 @@ class Pace:
                 if not self._queue and self._wait(now, tokens) <= 0.0:
                     self._charge(now, tokens, self._requests.drained)
                     return 0.0
-                mine = self._queue[key] = _Waiter(waiter, tokens)
-                self._queued_tokens += tokens
+                self._asked += 1
+                mine = self._queue[key] = _Waiter(waiter, tokens, self._asked)
+            else:
+                self._queued_tokens -= mine.tokens
+                mine.tokens = tokens
+            self._queued_tokens += tokens
             while self._queue:
                 first_key, first = next(iter(self._queue.items()))
                 wait = self._wait(now, first.tokens)
@@ -233,8 +243,10 @@ class Pace:
                     return 0.0
                 self._granted[first_key] = first
             first.told = mine.told = True
-            if first is not mine:
-                wait += self._time_of(len(self._queue) - 1, self._queued_tokens - mine.tokens)
+            before = min(mine.number - first.number, len(self._queue) - 1)
+            if before:
+                share = before / (len(self._queue) - 1)
+                wait += self._time_of(before, share * (self._queued_tokens - mine.tokens))
             return max(wait, _LEAST_WAIT)
 
     def leave(self, waiter: object) -> None:
@@ -272,12 +284,12 @@ class Pace:
     def hopeless(self, now: float) -> bool:
         """Whether it has been refused for PATIENCE seconds without one success."""
         with self._lock:
-            return self._learned.refused_for(self._at(now), self._requests.at) >= PATIENCE
+            return self._learned.refused_for(self._at(now)) >= PATIENCE
 
     def forgive(self, now: float) -> None:
         """Give what comes next PATIENCE seconds of its own."""
         with self._lock:
-            self._learned.forgive(self._at(now), self._requests.at)
+            self._learned.forgive(self._at(now))
 
     def _at(self, now: float) -> float:
         """``now`` by a clock that doesn't go backwards. Threads may report a little out of order."""
@@ -332,11 +344,12 @@ class Pace:
 class _Waiter:
     """Somebody who has asked. It is kept, so that its id stays its own."""
 
-    __slots__ = ("tokens", "told", "waiter")
+    __slots__ = ("number", "tokens", "told", "waiter")
 
-    def __init__(self, waiter: object, tokens: float) -> None:
+    def __init__(self, waiter: object, tokens: float, number: int) -> None:
         self.waiter = waiter
         self.tokens = tokens
+        self.number = number
         self.told = False
 
 

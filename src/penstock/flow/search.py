@@ -50,6 +50,7 @@ _GLANCE_LEAST = 16
 _SETTLE = 1.0  # mean service times, and one wave: after a change of the limit, before anything is measured
 _GAIN = 1 / 32
 _MOST_RESTS = 8
+_MOST_RESTS_TROUBLED = 16  # where a look up was answered with errors, which cost more than time
 _LOOK_DOWN_EVERY = 2  # rounds, while nothing changes: a look down always costs
 
 _CUT = 0.7
@@ -175,11 +176,11 @@ class Search:
     def _hopeless(self) -> bool:
         """Whether a look has seen enough, before its end: it is worse by more than chance makes it."""
         self._glance = self._count + self.limit
-        if self._state not in (_UP, _DOWN):
-            return False
         rate = self._goods / (self._last - self._began)
         chance = 2 * sqrt(2 * self._spread / self._count)
-        return rate < self._rate * (_NO_LESS - chance)
+        if self._state == _CLIMBING:
+            return self.limit > self._base and rate < self._rate * (_MORE - chance)
+        return self._state in (_UP, _DOWN) and rate < self._rate * (_NO_LESS - chance)
 
     @property
     def _spread(self) -> float:
@@ -191,7 +192,7 @@ class Search:
         self._cut_at = now
         self._share = 0.0
         if self._state == _UP:
-            self._rest(now, found_nothing=True)
+            self._rest(now, found_nothing=True, most=_MOST_RESTS_TROUBLED)
             return
         if self._state != _RECOVERING:
             self._target = self.limit // 2
@@ -200,7 +201,8 @@ class Search:
 
     def _judge(self, now: float) -> None:
         """An epoch is over."""
-        if self._saturated < _SATURATED * self._count:
+        nothing = not self._goods and not self._rate and self._state != _RECOVERING
+        if nothing or self._saturated < _SATURATED * self._count:
             if self._state in (_UP, _DOWN):
                 self._enter(_RESTING, self._base, now)
             else:
@@ -235,7 +237,7 @@ class Search:
 
     def _climbed(self, now: float, rate: float) -> None:
         base, before = self._base, self._rate
-        if before == 0.0 or rate >= _GROWTH * before or self.limit == base:
+        if rate >= _GROWTH * before or self.limit == base:
             self._base = self.limit
             self._rate = rate
             self._climb(now)
@@ -269,9 +271,9 @@ class Search:
         else:
             self._rest(now, found_nothing=True)
 
-    def _rest(self, now: float, *, found_nothing: bool) -> None:
+    def _rest(self, now: float, *, found_nothing: bool, most: int = _MOST_RESTS) -> None:
         if found_nothing:
-            self._rests = min(_MOST_RESTS, 2 * self._rests)
+            self._rests = min(most, 2 * self._rests)
             self._fruitless += 1
         else:
             self._rests = 1

@@ -77,6 +77,7 @@ _DATA = frozenset({str, bytes, bytearray, int, float, complex, bool, type(None),
 _MOST_HEADERS = 200
 
 _NUMBER = re.compile(r"[-+]?\d{1,18}(\.\d{0,18})?|[-+]?\.\d{1,18}", re.ASCII)
+_THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+", re.ASCII)
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?", re.ASCII)
 _PARAMETER = re.compile(r"\b(limit|remaining|reset|[rtqw])\s*=\s*(\d{1,18})", re.ASCII)
 _EPOCH = 1e9  # a reset this large is a date, not a duration
@@ -157,7 +158,7 @@ def _read_result(result: object) -> Signal:
     tokens = None if usage is None else _used(usage)
     for name in ("status_code", "status"):
         status = _get(result, name)
-        if isinstance(status, int) and not isinstance(status, bool):
+        if isinstance(status, int):
             known = _normal(headers)
             kind = _kind_of(status, known) if status >= 400 else OK
             return Signal(kind, _retry_after(known), tokens, _rates(known))
@@ -190,7 +191,7 @@ def _read_one(error: BaseException) -> Signal | None:
         kind = UNKNOWN
     elif _matches(codes, _THROTTLED_CODES) or (status is None and names & _THROTTLED_NAMES):
         kind = THROTTLED
-    elif _matches(codes, _OVERLOADED_CODES):
+    elif _matches(codes, _OVERLOADED_CODES) or "unavailable" in codes:
         kind = OVERLOADED
     elif status is not None:
         kind = _kind_of(status, headers)
@@ -391,6 +392,8 @@ def _plain(headers: Mapping[str, str]) -> Quota | None:
 
 
 def _count(text: str | None) -> float | None:
-    """A count, of which ``100, 100;w=60`` and ``100;w=60`` have one in front."""
-    value = _number(re.split(r"[,;]", text or "", maxsplit=1)[0])
+    """A count, of which ``100, 100;w=60`` and ``100;w=60`` have one in front; ``1,000`` is one too."""
+    text = (text or "").strip()
+    text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else re.split(r"[,;]", text, maxsplit=1)[0]
+    value = _number(text)
     return None if value is None else max(0.0, value)
