@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Self
 
+from penstock.errors import FetchError
+from penstock.net.fetcher import Fetcher
+
 BOMB = 64 * 1024 * 1024
 FOREVER = 1e6
 
@@ -355,3 +358,14 @@ def failing_first(times: int, by: Behaviour) -> Behaviour:
         return await ok(server, request, reader, writer)
 
     return behave
+
+
+async def attempt(item: Any, **options: Any) -> Any:
+    """One attempt at one item: what it gives, or the error that it raises."""
+    fetcher = Fetcher(**options)
+    try:
+        return await fetcher(item)
+    except FetchError as error:
+        return error
+    finally:
+        await fetcher.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.net.hostile import BEHAVIOURS, Hostile, Seen, answer, failing_first, ok
+from tests.net.hostile import BEHAVIOURS, Hostile, Seen, answer, attempt, failing_first, ok
 
 import penstock as ps
 from penstock.errors import FetchError
@@ -25,14 +25,7 @@ BOUNDS = Timeout(connect=5, idle=10, total=60)
 
 
 async def one(item: Any, **options: Any) -> Any:
-    """One attempt at one item: what it gives, or the error that it raises."""
-    fetcher = Fetcher(**{"allow_private": True, "timeout": BOUNDS, "max_bytes": 1_000_000, **options})
-    try:
-        return await fetcher(item)
-    except FetchError as error:
-        return error
-    finally:
-        await fetcher.close()
+    return await attempt(item, **{"allow_private": True, "timeout": BOUNDS, "max_bytes": 1_000_000, **options})
 
 
 async def ask(path: str, **options: Any) -> Any:

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.net.hostile import Hostile, Seen
+from tests.net.hostile import Hostile, Seen, attempt
 
-from penstock.errors import FetchError
-from penstock.net.fetcher import Fetcher
 from penstock.net.proxy import Proxies
 from penstock.net.request import Request
 from penstock.testing import run_virtual
@@ -25,16 +23,6 @@ def _no_proxies_of_one_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-async def one(item: Any, **options: Any) -> Any:
-    fetcher = Fetcher(**options)
-    try:
-        return await fetcher(item)
-    except FetchError as error:
-        return error
-    finally:
-        await fetcher.close()
-
-
 def nowhere(host: str, port: int) -> list[str]:
     raise OSError(f"{host} is the proxy's to look up")
 
@@ -45,7 +33,7 @@ def test_http_goes_through_the_proxy_that_looks_its_name_up(monkeypatch: pytest.
         async with Hostile() as proxy:
             monkeypatch.setenv(name, f"http://me:pass%3Aword@127.0.0.1:{proxy.port}")
             request = Request("http://example.test/a?b=1", headers={"X-Own": "1"})
-            return await one(request, lookup=nowhere), proxy.seen
+            return await attempt(request, lookup=nowhere), proxy.seen
 
     page, seen = run_virtual(main())
     assert page.body == b"ok http://example.test/a?b=1"
@@ -73,7 +61,7 @@ def test_https_goes_through_a_tunnel_and_is_verified_at_its_end(monkeypatch: pyt
 
             async with Hostile(routes={"tls.test:443": tunnel}) as proxy:
                 monkeypatch.setenv("HTTPS_PROXY", f"http://me:pw@127.0.0.1:{proxy.port}")
-                return await one("https://tls.test/", lookup=nowhere), proxy.seen
+                return await attempt("https://tls.test/", lookup=nowhere), proxy.seen
 
     error, seen = run_virtual(main())
     assert (error.reason, error.retryable) == ("tls", False), error
@@ -97,7 +85,7 @@ def test_a_proxy_that_refuses_a_tunnel(monkeypatch: pytest.MonkeyPatch, code: in
     async def main() -> Any:
         async with Hostile(routes={"tls.test:443": refuse}) as proxy:
             monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.port}")
-            return await one("https://tls.test/", lookup=nowhere)
+            return await attempt("https://tls.test/", lookup=nowhere)
 
     error = run_virtual(main())
     assert (error.reason, error.retryable) == ("connect", retryable)
@@ -109,7 +97,7 @@ def test_a_proxy_that_isn_t_there(monkeypatch: pytest.MonkeyPatch) -> None:
         async with Hostile() as proxy:
             port = proxy.port
         monkeypatch.setenv("HTTP_PROXY", f"http://me:hunter2@127.0.0.1:{port}")
-        return await one("http://example.test/", lookup=nowhere)
+        return await attempt("http://example.test/", lookup=nowhere)
 
     error = run_virtual(main())
     assert error.reason == "connect"
@@ -120,7 +108,7 @@ def test_a_proxy_that_isn_t_there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "http://", "http://[::1"])
 def test_a_proxy_that_can_t_be_used(monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
     monkeypatch.setenv("HTTP_PROXY", proxy)
-    error = run_virtual(one("http://example.test/", lookup=nowhere))
+    error = run_virtual(attempt("http://example.test/", lookup=nowhere))
     assert (error.reason, error.retryable) == ("connect", False)
     assert "Correct HTTP_PROXY" in str(error)
 
@@ -133,7 +121,7 @@ def test_private_targets_bypass_the_proxy_and_are_checked_as_ever(
     async def main() -> Any:
         async with Hostile() as proxy, Hostile() as server:
             monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{proxy.port}")
-            return await one(server.url(host=host), allow_private=allowed), proxy.connections
+            return await attempt(server.url(host=host), allow_private=allowed), proxy.connections
 
     found, connections = run_virtual(main())
     assert connections == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.net.hostile import Hostile, redirect
+from tests.net.hostile import Hostile, attempt, redirect
 
 from penstock.errors import FetchError
 from penstock.net.fetch import fetch
@@ -24,13 +24,7 @@ SECRETS = {
 
 
 async def one(item: Any, **options: Any) -> Any:
-    fetcher = Fetcher(**{"allow_private": True, **options})
-    try:
-        return await fetcher(item)
-    except FetchError as error:
-        return error
-    finally:
-        await fetcher.close()
+    return await attempt(item, **{"allow_private": True, **options})
 
 
 @pytest.mark.parametrize(
