@@ -17,7 +17,7 @@ demo: .venv/ready
 test: lint
 	rm -rf .coverage
 	mkdir .coverage
-	.venv/bin/coverage run -m pytest -n 2 -q --durations 10
+	.venv/bin/coverage run -m pytest -n 4 -q --durations 10
 	.venv/bin/coverage combine --quiet
 	.venv/bin/coverage report
 

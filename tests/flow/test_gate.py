@@ -400,6 +400,29 @@ def test_every_kind_of_stage_can_have_a_limit(verb: str) -> None:
     assert run_virtual(flow.collect()) == expected
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("hosts", [0, 1, 50])
+def test_results_dont_pile_up_before_a_slow_consumer(hosts: int, ordered: bool) -> None:
+    """A fetched page may be large: it isn't fetched long before somebody takes it."""
+    server = Server(0.01)
+    items: list[Any] = [f"http://host{number % hosts}/{number}" if hosts else number for number in range(5000)]
+    limit = ps.Limit(per_second=1000, per_host=hosts > 0)
+    flow = ps.Flow(items).map(server, limit=limit, concurrency="auto", ordered=ordered)
+
+    async def consume() -> list[int]:
+        ahead = []
+        consumed = 0
+        async for _ in flow:
+            consumed += 1
+            ahead.append(len(server.began) - consumed)
+            await asyncio.sleep(0.1)
+            if consumed == 100:
+                break
+        return ahead
+
+    assert max(run_virtual(consume())) <= 256 + 2 * 16 * hosts
+
+
 # -- the ends --------------------------------------------------------------------------------------------------------
 
 

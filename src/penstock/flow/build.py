@@ -119,7 +119,15 @@ def _make(
     if options.gated:
         from penstock.flow.gate import Gate
 
-        gate = partial(Gate, inner=pool, limit=options.limit, auto=options.auto, site=options.site, meter=meter)
+        gate = partial(
+            Gate,
+            inner=pool,
+            limit=options.limit,
+            auto=options.auto,
+            site=options.site,
+            meter=meter,
+            behind=runner.behind,
+        )
         runner.connect(gate, chain)
         runner.gated = True
     else:

@@ -12,6 +12,9 @@ and ``done`` a task is in one of two states:
 A site has at most one timer, for when the limit is to be asked again, and is in the *ring* when it may start
 something now. Sites in the ring take turns, so that one with many tasks doesn't starve the others.
 
+What is done and not taken from the segment yet counts: nothing starts while that and what is started come to twice of
+what may be in progress, so that results don't pile up before a slow consumer.
+
 Everything here is synchronous and runs on the loop that opened the pool. ``halt`` empties the queues; ``abort``
 leaves the limit's queue, so that whoever shares it goes on, then aborts the inner pool.
 """
@@ -33,6 +36,7 @@ from penstock.place.loop import clock_of
 
 __all__ = ["Gate"]
 
+_FEWEST = 32  # at once, by which results are bounded where fewer may be in progress
 _LONGEST_NAP = 60.0  # seconds until a limit is asked again, whatever it says: it may have become hopeless meanwhile
 _NOTE_EVERY = 0.1  # seconds between two looks at how many may be in progress, for the report
 _MOST_SITES = 4096  # beyond these, what was learned of hosts with nothing to do is forgotten
@@ -86,7 +90,7 @@ class Gate(Pool):
     """``inner`` makes the pool that does the work. ``auto``: search for the best concurrency, up to ``workers``.
 
     ``limit``: None means one without numbers, which learns from what is refused. ``site``: the host that an item
-    goes to; without it there is one site.
+    goes to; without it there is one site. ``behind``: how many tasks are done and not taken yet.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class Gate(Pool):
         auto: bool,
         site: Callable[[Any], str] | None,
         meter: SegmentMeter,
+        behind: Callable[[], int],
         done: Callable[[list[Task]], None],
         failed: Callable[[BaseException], None],
         part: Callable[[Task, list[Any]], None] | None = None,
@@ -111,6 +116,8 @@ class Gate(Pool):
         self._auto = auto
         self._site_of = site
         self._meter = meter
+        self._behind = behind
+        self._most_at_once = workers if not auto else _FEWEST
         self._sites: dict[str, _Site] = {}
         self._ring: deque[_Site] = deque()
         self._starts: dict[int, _Start] = {}
@@ -180,8 +187,12 @@ class Gate(Pool):
     def _start(self) -> None:
         """Start what may, each site in its turn."""
         ring, starting = self._ring, []
+        if not ring:
+            return
         now = self._clock()
-        while ring and len(self._starts) < self.workers:
+        self._note_ceiling(now)
+        most = min(self.workers, 2 * max(self._most_at_once, _FEWEST) - self._behind())
+        while ring and len(self._starts) < most:
             site = ring.popleft()
             site.ringing = False
             task = self._admit(site, now)
@@ -190,7 +201,9 @@ class Gate(Pool):
             self._may_start(site)
         if starting:
             self._inner.submit(starting)
-            self._note_ceiling(now)
+
+    def resume(self) -> None:
+        self._start()
 
     def _admit(self, site: _Site, now: float) -> Task | None:
         """The first task of a site, charged to its limit; None if it has to wait, or it failed."""
@@ -255,7 +268,8 @@ class Gate(Pool):
     def _note_ceiling(self, now: float) -> None:
         if self._auto and now - self._noted >= _NOTE_EVERY:
             self._noted = now
-            self._meter.set_ceiling(max(1, min(self.workers, sum(site.ceiling for site in self._sites.values()))), now)
+            self._most_at_once = max(1, min(self.workers, sum(site.ceiling for site in self._sites.values())))
+            self._meter.set_ceiling(self._most_at_once, now)
 
     # -- what came of it --------------------------------------------------------------------------------------------
 

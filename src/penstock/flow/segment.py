@@ -187,6 +187,15 @@ class WorkSegment(Runner):
         at_once = self._in_pool + self.pool.room() if self.gated else self.ceiling  # at a gate, more may wait to start
         return 2 * at_once * self.merges
 
+    def behind(self) -> int:
+        """How many of its tasks are done and not handed on yet."""
+        return max(0, len(self._exit) - (self._in_pool if self.ordered else 0))
+
+    def pump(self) -> None:
+        super().pump()
+        if self.gated and not self.stopped:
+            self.pool.resume()
+
     async def open(self) -> None:
         await self.pool.open()
 

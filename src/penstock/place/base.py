@@ -367,6 +367,9 @@ class Pool(ABC):
         """Whether tasks wait though workers are free, because something else doesn't let them start."""
         return False
 
+    def resume(self) -> None:  # noqa: B027  # most places hold nothing back
+        """What has been handed over was taken: a place that held tasks back because of it may start them."""
+
     def withdraw(self, task: Task) -> bool:
         """Forget a task that waits without a worker; False if it is at work, was, or can't be got back."""
         return False
