@@ -65,3 +65,9 @@ def test_it_stays_within_its_bounds(steps: list[tuple[int, float]], least: int, 
     for taken, seconds in steps:
         clock.now += seconds
         assert least <= demand.note(taken) <= most
+
+
+def test_what_keeps_the_workers_busy_is_asked_for_at_once() -> None:
+    demand = Demand(lambda: 0.0, 32, 1000)
+    demand.least = 232
+    assert demand.note(0) == 232

@@ -32,6 +32,7 @@ class Demand:
     def note(self, taken: int) -> int:
         """So many more were taken; returns the bound that holds from now on."""
         self._taken += taken
+        self.size = max(self.size, self.least)  # which may have risen
         now = self._clock()
         elapsed = now - self._since
         if elapsed < HORIZON:
