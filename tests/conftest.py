@@ -28,3 +28,9 @@ def _nothing_is_left_outside() -> Iterator[None]:
     before = outside.count
     yield
     assert outside.count == before
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this test starts is killed before it could say which lines it ran; measuring would only make it slow."""
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)

@@ -22,6 +22,8 @@ from tests.living import still_alive
 
 from penstock.flow.letters import JournalReader
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 HERE = Path(__file__).parent
 DEADLINE = 120  # the programs have stricter ones of their own, and say where they hang
 OUTLIVES = 2.0

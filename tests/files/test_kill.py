@@ -18,6 +18,8 @@ from penstock.files.dead import DeadSource
 from penstock.flow.contract import JobId
 from penstock.flow.letters import JournalReader
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 # Settles 1 … 9 items at a time, from where the last child stopped; every item of 100 dies. In its own words it says
 # what it has committed: a line for each commit that returned.
 CHILD = """

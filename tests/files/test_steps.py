@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 # Forks a child for every step: the n-th child ends at its n-th disk operation. Another child then looks at what is
 # there and goes on to the end.
 SCRIPT = """

@@ -565,8 +565,8 @@ def test_a_change_of_the_quota_is_followed(kind: str, factor: float) -> None:
     def step() -> None:
         server.quota = 600 * factor
 
-    simulate([client], 40 * MINUTES, (10 * MINUTES, step))
-    later = client.outcome(20 * MINUTES, 40 * MINUTES)
+    simulate([client], 30 * MINUTES, (10 * MINUTES, step))
+    later = client.outcome(20 * MINUTES, 30 * MINUTES)
     assert later.goodput >= 0.9 * 10 * factor
     assert later.wasted < 0.01
 
@@ -651,12 +651,12 @@ def test_mixed_hosts_keep_to_their_own_quotas() -> None:
         host: Client(Quota429("fixed", quota), Search(most=128), limit.pace(host)) for host, quota in quotas.items()
     }
     free = Client(Queue(32, around(0.5, 1)), Search(most=128), limit.pace("free"))
-    simulate([*clients.values(), free], 20 * MINUTES)
+    simulate([*clients.values(), free], 8 * MINUTES)
     for host, client in clients.items():
-        later = client.outcome(3 * MINUTES, 20 * MINUTES)
+        later = client.outcome(3 * MINUTES, 8 * MINUTES)
         assert later.goodput >= 0.9 * quotas[host] / 60, host
         assert later.wasted < 0.01, host
-    assert free.outcome(1 * MINUTES, 20 * MINUTES).goodput >= 0.9 * 64
+    assert free.outcome(1 * MINUTES, 8 * MINUTES).goodput >= 0.9 * 64
 
 
 def test_two_stages_share_a_quota_fairly() -> None:

@@ -18,6 +18,8 @@ import msgspec
 import pytest
 from aiohttp import web
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 DEADLINE = 120
 AT_ONCE = 16
 KILLS = 5

@@ -28,6 +28,8 @@ import penstock as ps
 from penstock.testing.comparing import remains
 from penstock.testing.killing import torture
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 Row = dict[str, Any]
 
 ITEMS = 300

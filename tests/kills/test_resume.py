@@ -25,6 +25,8 @@ from penstock.files.jsonl import JsonLinesOutput
 from penstock.flow.contract import Origin
 from penstock.flow.letters import JournalReader
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 DEADLINE = 60
 
 Row = dict[str, Any]

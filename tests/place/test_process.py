@@ -55,11 +55,10 @@ def uvloop_was_used() -> None:
 def nothing_left() -> Iterator[None]:
     """Every test leaves no thread, descriptor or child, and nothing counted as outside."""
     gc.collect()
-    before = descriptors()
+    before, threads = descriptors(), threading.enumerate()
     yield
     gc.collect()
-    usual = ("MainThread", "penstock-loop")  # the loop of the _sync twins, which other tests may have started
-    assert [thread.name for thread in threading.enumerate() if thread.name not in usual] == []
+    assert [thread.name for thread in threading.enumerate() if thread not in threads] == []
     assert outside.count == 0
     assert descriptors() == before
     with pytest.raises(ChildProcessError):

@@ -43,10 +43,10 @@ colour: contextvars.ContextVar[str] = contextvars.ContextVar("colour", default="
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     """Every test leaves no thread, and nothing counted as outside."""
+    threads = threading.enumerate()
     yield
     gc.collect()
-    usual = ("MainThread", "penstock-loop")  # the loop of the _sync twins, which other tests may have started
-    assert [thread.name for thread in threading.enumerate() if thread.name not in usual] == []
+    assert [thread.name for thread in threading.enumerate() if thread not in threads] == []
     assert outside.count == 0
 
 
