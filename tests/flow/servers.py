@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from math import floor, inf, log
 from typing import Any, Protocol
 
+from tests.measuring import unmeasured
+
 from penstock.flow.limit import Pace
 from penstock.flow.signals import OK, OVERLOADED, THROTTLED, Quota, Rates, Signal
 from penstock.testing import run_virtual
@@ -298,4 +300,5 @@ def simulate(clients: Sequence[Client], seconds: float, *events: tuple[float, Ca
             client.start(loop)
         await asyncio.sleep(seconds)
 
-    run_virtual(work())
+    with unmeasured():
+        run_virtual(work())

@@ -16,21 +16,21 @@ from penstock.flow.iterate import Outputs
 from penstock.testing import run_virtual
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(case=cases(), sink=st.sampled_from(["function", "iteration"]), inline=st.booleans())
 def test_law_accounting_of_random_flows(case: Case, sink: str, inline: bool) -> None:
     built = Built(case)
     check(case, built, run_virtual(carry_out(built, sink=sink, inline=inline)))
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(case=cases(dead_letters=True))
 def test_law_accounting_with_dead_letters(case: Case) -> None:
     built = Built(case)
     check(case, built, run_virtual(carry_out(built, sink="recorder")))
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(case=cases(dead_letters=True), at=st.integers(1, 60), drains=st.booleans())
 def test_law_accounting_after_cancelling_and_draining(case: Case, at: int, drains: bool) -> None:
     built = Built(case)

@@ -17,7 +17,7 @@ import penstock as ps
 from penstock.testing import run_virtual
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     case=cases(dead_letters=True, errors=False, sources=("list",)),
     stops=st.lists(st.tuples(st.sampled_from(["cancel", "stop", "drain", "at once"]), st.integers(1, 80)), max_size=4),

@@ -25,7 +25,7 @@ class Broken(Exception):
         self.hint = hint
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(case=cases(takes=False).filter(lambda case: expect(case).errors))
 def test_law_errors_of_random_flows(case: Case) -> None:
     built = Built(case)

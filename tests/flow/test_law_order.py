@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import penstock as ps
 from penstock.testing import run_virtual
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(case=cases(errors=False, takes=False), sink=st.sampled_from(["function", "iteration", "recorder"]))
 def test_law_order_of_random_flows(case: Case, sink: str) -> None:
     built = Built(case)
@@ -44,6 +45,19 @@ def test_law_order_an_ordered_stage_keeps_the_order_that_an_unordered_one_made()
 
     flow = ps.Flow(range(10)).map(slow_first, concurrency=10, ordered=False).map(same, concurrency=10)
     assert run_virtual(flow.collect()) == list(reversed(range(10)))
+
+
+def test_law_order_within_a_key_across_whole_expansions(tmp_path: Path) -> None:
+    """The second list is complete long before the first, one of whose outputs takes long; but its key came there first."""
+
+    async def slow_b(key: str) -> str:
+        await asyncio.sleep(10 if key == "b" else 0)
+        return key
+
+    flow = ps.Flow([["a", "b"], ["a"]]).unbatch().map(slow_b, key=str)
+    path = tmp_path / "out.jsonl"
+    run_virtual(flow.to(str(path)).run())
+    assert path.read_text().split() == ['"a"', '"b"', '"a"']
 
 
 @pytest.mark.parametrize("retry", [0, 2])

@@ -15,18 +15,8 @@ from tests.flow.recorder import Recorder
 
 import penstock as ps
 from penstock.flow.contract import Failed
-from penstock.flow.ledger import (
-    DEAD,
-    DELIVERED,
-    FATES,
-    FILTERED,
-    SKIPPED,
-    Ledger,
-    Merged,
-    Passed,
-    Stream,
-    positions_of,
-)
+from penstock.flow.ledger import DEAD, DELIVERED, FATES, SKIPPED, Ledger
+from penstock.flow.origin import FILTERED, Merged, Passed, Stream, positions_of
 from penstock.flow.progress import Intervals, Position, Positions
 from penstock.place.base import Task
 from penstock.testing import run_virtual

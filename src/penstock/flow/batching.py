@@ -21,7 +21,7 @@ from typing import Any
 
 from penstock.errors import BatchMismatch
 from penstock.flow.failing import DEAD_LETTER, KEEP_IT, RAISE, RETRY
-from penstock.flow.ledger import Merged
+from penstock.flow.origin import Merged
 from penstock.flow.segment import READY, SKIPPED_TAG, Runner, WorkSegment
 from penstock.place.base import FAILED, OK, TIMED_OUT, Task
 

@@ -17,7 +17,8 @@ from typing import Any
 from penstock.errors import ExpansionTooLarge
 from penstock.flow.contract import Failed
 from penstock.flow.failing import DEAD_LETTER, KEEP_IT, RAISE, RETRY
-from penstock.flow.ledger import DEAD, FILTERED, SKIPPED, Stream
+from penstock.flow.ledger import DEAD, SKIPPED
+from penstock.flow.origin import FILTERED, Stream
 from penstock.flow.segment import READY, SKIPPED_TAG, WorkSegment
 from penstock.place.base import DROPPED, FAILED, OK, PENDING, SPREAD, SPREAD_BOUND, Task
 

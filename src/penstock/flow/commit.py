@@ -23,8 +23,9 @@ from penstock.errors import OutputRejected
 from penstock.flow.channel import Channel
 from penstock.flow.contract import Delta, Origin, Sink, Source
 from penstock.flow.failing import DEAD_LETTER, RAISE, Policy
-from penstock.flow.ledger import DEAD, SKIPPED, positions_of
+from penstock.flow.ledger import DEAD, SKIPPED
 from penstock.flow.meter import BUSY, WAITING_INPUT, SegmentMeter
+from penstock.flow.origin import positions_of
 from penstock.flow.progress import Positions
 from penstock.flow.segment import Host
 

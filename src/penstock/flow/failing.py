@@ -14,9 +14,9 @@ from penstock.errors import (
     WorkerDied,
 )
 from penstock.flow.contract import Failed
-from penstock.flow.ledger import positions_of
 from penstock.flow.memory import position_of
 from penstock.flow.meter import StageMeter
+from penstock.flow.origin import positions_of
 from penstock.flow.redact import redact
 from penstock.flow.report import ErrorLog
 from penstock.flow.retry import Retry

@@ -4,164 +4,41 @@ A source item is *issued* when it enters the first channel and settles exactly o
 dead; what is left when the run ends is released. Law 1 holds at every moment, because ``open`` is counted by itself
 and not derived.
 
-What a task came of is its *origin*:
-
-- a position: the usual case, one output for one item;
-- ``Family``: an output of a whole ``flat_map`` (or ``unbatch``). Its outputs wait here until the last of them arrived
-  or was dropped; then the item goes to the sink with all of them, or dies with none;
-- ``Child``: an output of ``flat_map(whole=False)``, settled by itself;
-- ``Merged``: a list made by ``batch``;
-- ``Passed``: any of these, after a ``take``.
+What a task came of is its *origin* (``penstock.flow.origin``). The outputs of a whole expansion wait here until the last
+of them arrived or was dropped; then the item goes to the sink with all of them, or dies with none. An output of
+``flat_map(whole=False)`` is settled by itself.
 
 One fate per source item: dead > delivered > skipped > filtered.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from penstock.flow.contract import Delta, Failed
+from penstock.flow.origin import FILTERED, Child, Family, Passed, Stream, family_of, has_passed, positions_of
 from penstock.flow.progress import Intervals, Position, Positions
 from penstock.flow.redact import redact
 from penstock.place.base import Task
 
-__all__ = [
-    "DEAD",
-    "DELIVERED",
-    "FATES",
-    "FILTERED",
-    "SKIPPED",
-    "Child",
-    "Family",
-    "Ledger",
-    "Merged",
-    "Passed",
-    "Stream",
-    "family_of",
-    "positions_of",
-]
+__all__ = ["DEAD", "DELIVERED", "FATES", "SKIPPED", "Ledger"]
 
-FILTERED, SKIPPED, DELIVERED, DEAD = range(4)
+SKIPPED, DELIVERED, DEAD = range(FILTERED + 1, FILTERED + 4)
 FATES = ("filtered", "skipped", "delivered", "dead")
-
-
-class Family:
-    """The outputs of one whole expansion, until the last of them has arrived or was dropped.
-
-    ``pending``: outputs on their way; when there are none, the family is complete, and ends now or when it is written.
-    ``admitted``: how many of those on their way passed each ``take``; ``passed``: how many that have ended did, which
-    counts when the family ends. An expansion after a ``take`` is a family of its own, whose root is an output of this
-    one: it counts as one here, and leaves its outputs and its counts here when it ends. ``made``: all outputs so far of
-    the outermost family and of those within it.
-    """
-
-    __slots__ = ("admitted", "failed", "fate", "made", "outermost", "outputs", "passed", "pending", "root", "total")
-
-    def __init__(self, root: Any, total: int) -> None:
-        self.root = root
-        self.pending = total
-        self.total = total
-        outer = family_of(root)
-        self.outermost: Family = self if outer is None else outer.outermost
-        self.made = total
-        self.outputs: list[Any] = []
-        self.fate = FILTERED
-        self.failed: Failed | None = None
-        self.admitted: dict[int, int] = {}
-        self.passed: dict[int, int] = {}
-
-
-class Stream:
-    """One expansion whose outputs settle one by one: which of them have, and whether more will come."""
-
-    __slots__ = ("cursor", "ended", "fate", "known", "live", "position", "root", "seen")
-
-    def __init__(self, root: Any, position: Position, known: Intervals | None, fate: int) -> None:
-        self.root = root
-        self.position = position
-        self.known = known
-        self.cursor = 0
-        self.seen = 0
-        self.live = 0
-        self.ended = False
-        self.fate = fate
-
-    def children(self, outputs: Sequence[Any]) -> list[Task]:
-        """Tasks for those of the next outputs that aren't known from an earlier attempt or run."""
-        tasks = []
-        for output in outputs:
-            index = self.cursor
-            self.cursor += 1
-            if index < self.seen or (self.known is not None and index in self.known):
-                continue
-            self.seen = index + 1
-            self.live += 1
-            tasks.append(Task(output, Child(self, index)))
-        return tasks
-
-    def again(self) -> None:
-        """The expansion starts over: what it already gave is dropped."""
-        self.cursor = 0
-
-
-class Child:
-    """One output of a Stream."""
-
-    __slots__ = ("index", "stream")
-
-    def __init__(self, stream: Stream, index: int) -> None:
-        self.stream = stream
-        self.index = index
-
-
-class Merged:
-    """A batch as one item: the origins of all its members."""
-
-    __slots__ = ("members",)
-
-    def __init__(self, members: Sequence[Any]) -> None:
-        self.members = members
-
-
-class Passed:
-    """An origin that was counted by the ``take`` stage of this number."""
-
-    __slots__ = ("number", "origin")
-
-    def __init__(self, origin: Any, number: int) -> None:
-        self.origin = origin
-        self.number = number
-
-
-def family_of(origin: Any) -> Family | None:
-    """The family whose output this is, whatever ``take`` it passed."""
-    while isinstance(origin, Passed):
-        origin = origin.origin
-    return origin if isinstance(origin, Family) else None
-
-
-def positions_of(origin: Any) -> tuple[Position, ...]:
-    """The source positions that an origin stands for."""
-    if type(origin) is tuple:
-        return (origin,)
-    if isinstance(origin, Merged):
-        return tuple(position for member in origin.members for position in positions_of(member))
-    if isinstance(origin, Passed):
-        return positions_of(origin.origin)
-    if isinstance(origin, Child):
-        return (origin.stream.position,)
-    assert isinstance(origin, Family)
-    return positions_of(origin.root)
 
 
 class Ledger:
     """``holds``: outputs of a family wait for each other (a sink commits them together). ``commits``: settled
-    positions are collected for the sink. ``keeps_items``: the source's items are kept for the dead letters."""
+    positions are collected for the sink. ``keeps_items``: the source's items are kept for the dead letters.
+    ``in_turn``: families end in the order they began, for a stage within them that keeps the order of each key."""
 
-    def __init__(self, *, holds: bool, commits: bool, keeps_items: bool) -> None:
+    def __init__(self, *, holds: bool, commits: bool, keeps_items: bool, in_turn: bool = False) -> None:
         self.holds = holds
+        self.in_turn = in_turn and holds
+        self._turns: deque[Family] = deque()
         self.commits = commits
         self.keeps_items = keeps_items
         self.issued = 0
@@ -227,7 +104,13 @@ class Ledger:
         self.expanded += count
         if not count:
             self._complete(family)
+        elif self.in_turn:
+            self._turns_of(family).append(family)
         return family
+
+    def _turns_of(self, family: Family) -> deque[Family]:
+        outer = family_of(family.root)
+        return self._turns if outer is None else outer.turns
 
     def admit(self, task: Task, number: int) -> list[Family]:
         """The ``take`` of this number lets a task pass; returns the families that it is the first of, inner first."""
@@ -243,12 +126,24 @@ class Ledger:
         task.origin = Passed(task.origin, number)
         return families
 
-    def cut(self, family: Family, number: int) -> None:
-        """The ``take`` of this number lets no more of this family pass: it is complete with those admitted."""
-        if family.pending:
-            family.pending = min(family.pending, family.admitted[number])  # a later take may have cut it before
-            if not family.pending:
-                self._complete(family)
+    def cut(self, families: Iterable[Family], number: int) -> None:
+        """The ``take`` of this number lets no more pass: these families are complete with those it admitted."""
+        self._turns = self._still_to_come(self._turns, number)
+        for family in families:
+            if family.pending:
+                family.pending = min(family.pending, family.admitted[number])  # a later take may have cut it before
+                if not family.pending:
+                    self._complete(family)
+        self._take_turns(self._turns)
+
+    def _still_to_come(self, turns: deque[Family], number: int) -> deque[Family]:
+        """Without the families that this ``take`` has cut off: nobody is to wait for them."""
+        left: deque[Family] = deque()
+        for family in turns:
+            if not family.pending or number in family.admitted or has_passed(family.root, number):
+                family.turns = self._still_to_come(family.turns, number)
+                left.append(family)
+        return left
 
     def stream(self, origin: Any) -> Stream:
         """An item starts to be expanded one by one."""
@@ -346,6 +241,17 @@ class Ledger:
 
     def _complete(self, family: Family) -> None:
         """The last output of a family arrived or was dropped."""
+        turns = self._turns_of(family)
+        if family in turns:
+            self._take_turns(turns)
+        else:
+            self._finish(family)
+
+    def _take_turns(self, turns: deque[Family]) -> None:
+        while turns and not turns[0].pending:
+            self._finish(turns.popleft())
+
+    def _finish(self, family: Family) -> None:
         self.expanded -= family.total
         outer = family_of(family.root)
         if outer is None and family.fate == DELIVERED and self.holds:

@@ -116,6 +116,17 @@ class Plan:
         return any(isinstance(one, FlatMap) and not one.whole for segment in self.segments for one in segment.works)
 
     @property
+    def in_turn(self) -> bool:
+        """Whether a stage keeps the order of each key among the outputs of whole expansions."""
+        stages = [stage for segment in self.segments for stage in segment.stages]
+        expanded = False
+        for stage in stages:
+            if expanded and isinstance(stage, Work) and stage.options.key is not None:
+                return True
+            expanded = expanded or isinstance(stage, Unbatch) or (isinstance(stage, FlatMap) and stage.whole)
+        return False
+
+    @property
     def commits(self) -> bool:
         """Whether the sink keeps progress, so that outputs of an item are held to be committed together."""
         return self.sink is not None and self.sink.exactly_once

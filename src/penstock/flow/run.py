@@ -76,7 +76,9 @@ class Run:
         self._inline = inline
         self._signals = signals
         self._show = progress
-        self.ledger = Ledger(holds=plan.commits, commits=plan.sink is not None, keeps_items=plan.keeps_items)
+        self.ledger = Ledger(
+            holds=plan.commits, commits=plan.sink is not None, keeps_items=plan.keeps_items, in_turn=plan.in_turn
+        )
         self.errors = ErrorLog()
         self.notes: list[str] = []
         self.interrupted: signal.Signals | None = None

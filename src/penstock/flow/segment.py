@@ -23,8 +23,9 @@ from typing import Any, Protocol
 from penstock.flow.channel import Channel
 from penstock.flow.contract import Failed
 from penstock.flow.failing import Policy, Tries
-from penstock.flow.ledger import DEAD, FILTERED, SKIPPED, Ledger
+from penstock.flow.ledger import DEAD, SKIPPED, Ledger
 from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, HELD, WAITING_INPUT, SegmentMeter
+from penstock.flow.origin import FILTERED
 from penstock.place.base import DROPPED, OK, PENDING, Pool, Task
 
 __all__ = ["READY", "SKIPPED_TAG", "Host", "MakePool", "Runner", "WorkSegment", "appetite_of", "open_all"]

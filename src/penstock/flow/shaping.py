@@ -7,7 +7,8 @@ from typing import Any
 
 from penstock.errors import ExpansionTooLarge
 from penstock.flow.failing import DEAD_LETTER, KEEP_IT, RAISE, Policy
-from penstock.flow.ledger import DEAD, SKIPPED, Family
+from penstock.flow.ledger import DEAD, SKIPPED
+from penstock.flow.origin import Family
 from penstock.flow.segment import Runner
 from penstock.place.base import SPREAD_BOUND, Task, spread
 
@@ -45,8 +46,7 @@ class TakeRunner(Runner):
             if not self.source.ended:
                 self.host.satisfied(self)
                 self.source.items.clear()
-                for family in self._families.values():
-                    self.ledger.cut(family, self._number)
+                self.ledger.cut(self._families.values(), self._number)
             self._families.clear()
             self.sink.close()
 
