@@ -48,7 +48,7 @@ def test_law_order_an_ordered_stage_keeps_the_order_that_an_unordered_one_made()
 
 
 def test_law_order_within_a_key_across_whole_expansions(tmp_path: Path) -> None:
-    """The second list is complete long before the first, one of whose outputs takes long; but its key came there first."""
+    """The second list is complete long before the first, of which one output takes long and the other came first."""
 
     async def slow_b(key: str) -> str:
         await asyncio.sleep(10 if key == "b" else 0)

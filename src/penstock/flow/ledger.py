@@ -4,8 +4,8 @@ A source item is *issued* when it enters the first channel and settles exactly o
 dead; what is left when the run ends is released. Law 1 holds at every moment, because ``open`` is counted by itself
 and not derived.
 
-What a task came of is its *origin* (``penstock.flow.origin``). The outputs of a whole expansion wait here until the last
-of them arrived or was dropped; then the item goes to the sink with all of them, or dies with none. An output of
+What a task came of is its *origin* (``penstock.flow.origin``). The outputs of a whole expansion wait here until the
+last of them arrived or was dropped; then the item goes to the sink with all of them, or dies with none. An output of
 ``flat_map(whole=False)`` is settled by itself.
 
 One fate per source item: dead > delivered > skipped > filtered.
