@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from penstock import errors, testing
+    from penstock.events.log import EventLog
     from penstock.files import read, write
     from penstock.flow.contract import Failed
     from penstock.flow.flow import Flow
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from penstock.place.base import per_worker, worker_index
 
 __all__ = [
+    "EventLog",
     "Failed",
     "Fetched",
     "Flow",
@@ -47,6 +49,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EventLog": "penstock.events.log:EventLog",
     "Failed": "penstock.flow.contract:Failed",
     "Fetched": "penstock.net.fetched:Fetched",
     "Flow": "penstock.flow.flow:Flow",

@@ -97,7 +97,7 @@ def connect(path: str) -> Any:
             connection.execute(
                 "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA fullfsync = ON; "
                 "PRAGMA checkpoint_fullfsync = ON; PRAGMA journal_size_limit = 4194304"
-            )
+            ).fetchall()  # or it would stop at the first statement that answers
         except BaseException:
             connection.close()
             raise

@@ -1,0 +1,115 @@
+"""One transaction of a log: what all that is done in it shares, and how events are appended.
+
+Events of all requests gather here and are inserted together, right before the commit or before anything looks at them.
+A topic's next number, its last time and its size are read once and written once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+from zlib import crc32
+
+from penstock.events.clock import calendar
+from penstock.events.schema import SPAN
+
+__all__ = ["Appended", "Transaction", "checksum"]
+
+
+class Appended(NamedTuple):
+    """One event to be appended. ``due``: microseconds since 1970, or None for at once."""
+
+    body: bytes
+    key: str | None = None
+    id: str | None = None
+    headers: str | None = None
+    due: int | None = None
+
+
+def checksum(place: int, time: int, due: int | None, key: str | None, id: str | None, headers: str | None) -> int:
+    """Of all of an event but its body, to be continued with that."""
+    return crc32(f"{place} {time} {due} {key} {id} {headers}".encode())
+
+
+class _Head:
+    """Where a topic goes on."""
+
+    __slots__ = ("bytes", "next", "time")
+
+    def __init__(self, next: int, time: int, bytes: int) -> None:
+        self.next = next
+        self.time = time
+        self.bytes = bytes
+
+
+class Transaction:
+    """``connection`` is in a transaction. ``changed``: topics with something new to deliver."""
+
+    def __init__(self, connection: Any) -> None:
+        self._connection = connection
+        self._heads: dict[int, _Head] = {}
+        self._rows: list[tuple[Any, ...]] = []
+        self._ids: dict[tuple[int, str], int] = {}
+        self.changed: set[int] = set()
+        self._now = 0
+
+    @property
+    def connection(self) -> Any:
+        """To look at or change what is there, the events appended so far included."""
+        self.flush()
+        return self._connection
+
+    def append(self, topic: int, events: list[Appended]) -> list[int]:
+        """Append to a topic; the numbers the events have got. One whose ``id`` is there already isn't appended
+        again."""
+        head = self._heads.get(topic)
+        if head is None:
+            head = self._heads[topic] = self._head(topic)
+        now = self._now = self._now or calendar()
+        head.time = time = max(head.time, now)
+        seq, size = head.next, head.bytes
+        base = topic * SPAN
+        numbers = []
+        rows = self._rows
+        for body, key, name, headers, due in events:
+            if name is not None and (known := self._known(topic, name)) is not None:
+                numbers.append(known)
+                continue
+            place = base + seq
+            crc = crc32(body, checksum(place, time, due, key, name, headers))
+            rows.append((place, time, due, key, name, headers, body, crc))
+            if name is not None:
+                self._ids[topic, name] = seq
+            numbers.append(seq)
+            size += len(body)
+            seq += 1
+        if seq != head.next:
+            head.next, head.bytes = seq, size
+            self.changed.add(topic)
+        return numbers
+
+    def _head(self, topic: int) -> _Head:
+        row = self._connection.execute("SELECT next, time, bytes FROM topics WHERE topic = ?", (topic,)).fetchone()
+        return _Head(*row)
+
+    def _known(self, topic: int, id: str) -> int | None:
+        """The number of the event with this id, if it is still there."""
+        found = self._ids.get((topic, id))
+        if found is None:
+            place = self._connection.execute(
+                f"SELECT place FROM events WHERE place / {SPAN} = ? AND id = ?", (topic, id)
+            ).get
+            found = None if place is None else place % SPAN
+        return found
+
+    def flush(self) -> None:
+        """Insert what was appended."""
+        if self._rows:
+            rows, self._rows = self._rows, []
+            self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        for topic, head in self._heads.items():
+            self._connection.execute(
+                "UPDATE topics SET next = ?, time = ?, bytes = ? WHERE topic = ?",
+                (head.next, head.time, head.bytes, topic),
+            )
+        self._heads.clear()
+        self._ids.clear()
