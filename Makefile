@@ -22,7 +22,7 @@ test: lint
 	.venv/bin/coverage report
 
 soak: .venv/ready
-	.venv/bin/python -m pytest -m soak -q tests
+	.venv/bin/python -m pytest -m soak -q -o faulthandler_timeout=7200 tests
 
 bench: .venv/ready
 	.venv/bin/python benchmarks/bench.py

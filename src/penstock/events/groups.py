@@ -14,17 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
-from zlib import crc32
 
 from penstock.errors import GroupInUse, LeaseLost
 from penstock.events.clock import boot_time, calendar
 from penstock.events.schema import HELD, PARKED, READY, SPAN
-from penstock.events.transaction import Transaction, checksum
+from penstock.events.transaction import Transaction, is_intact
 
 __all__ = [
     "MOST_PARKED",
     "Claimed",
     "Letter",
+    "Ranges",
     "Row",
     "acknowledge",
     "bury",
@@ -33,6 +33,7 @@ __all__ = [
     "join",
     "leave",
     "release",
+    "settle_earlier",
 ]
 
 MOST_PARKED = 10_000
@@ -183,10 +184,8 @@ _COLUMNS = "event.place, event.time, event.due, event.key, event.id, event.heade
 
 
 def _row(found: tuple[Any, ...], attempt: int, suspect: bool) -> Row:
-    *meta, body, crc = found
-    intact = crc32(body, checksum(*meta)) == crc
-    place, time, _, key, name, headers = meta
-    return Row(place % SPAN, time, key, name, headers, body if intact else None, attempt, suspect)
+    place, time, _, key, name, headers, body, _ = found
+    return Row(place % SPAN, time, key, name, headers, body if is_intact(found) else None, attempt, suspect)
 
 
 def _ready(connection: Any, group: int, topic: int, owner: int, most: int, now: float, *, suspect: int) -> list[Row]:
@@ -241,7 +240,7 @@ def _new(transaction: Transaction, group: int, topic: int, owner: int, most: int
             place, _, due, key, *_ = event
             seq = place - base
             starts = 0.0
-            if due is not None:
+            if due is not None and is_intact(event):
                 starts = max(0.0, now + (due - calendar()) / 1e6)
             if key is not None and key in blocked:
                 parked += 1
@@ -293,6 +292,17 @@ def extend(transaction: Transaction, owner: int, seconds: float) -> bool:
     connection = transaction.connection
     connection.execute("UPDATE owners SET expires = max(expires, ?) WHERE owner = ?", (boot_time() + seconds, owner))
     return bool(connection.changes())
+
+
+def settle_earlier(transaction: Transaction, group: int, topic: int, ranges: Ranges) -> None:
+    """These were done with by a run that ended before it could say so; nobody holds them."""
+    connection = transaction.connection
+    gone: list[tuple[str | None]] = []
+    for start, stop in ranges:
+        gone += connection.execute(
+            "DELETE FROM pending WHERE grp = ? AND seq >= ? AND seq < ? RETURNING key", (group, start, stop)
+        ).fetchall()
+    _unpark(transaction, group, topic, gone, freed=False)
 
 
 def acknowledge(transaction: Transaction, group: int, topic: int, owner: int, ranges: Ranges) -> list[int]:

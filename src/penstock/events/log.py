@@ -136,6 +136,10 @@ class EventLog:
         """Names the log: its path."""
         return self.address if self.address == MEMORY else os.path.abspath(self.address)
 
+    def is_same(self, other: EventLog) -> bool:
+        """Whether both are the same log, so that they share transactions."""
+        return self is other or (self.address != MEMORY and self.identity == other.identity)
+
     def __reduce__(self) -> Any:
         return _remade, (self.address, self.capabilities.durability, self.max_bytes)
 

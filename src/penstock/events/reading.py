@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
-from zlib import crc32
 
 from penstock.errors import PlanError
 from penstock.events.schema import READY, SPAN
-from penstock.events.transaction import Transaction, checksum
+from penstock.events.transaction import Transaction, is_intact
 
 __all__ = [
     "GroupInfo",
@@ -128,10 +127,8 @@ _COLUMNS = "place, time, due, key, id, headers, body, crc"
 
 
 def _stored(row: tuple[Any, ...]) -> Stored:
-    *meta, body, crc = row
-    intact = crc32(body, checksum(*meta)) == crc
-    place, time, _, key, name, headers = meta
-    return Stored(place % SPAN, time, key, name, headers, body if intact else None)
+    place, time, _, key, name, headers, body, _ = row
+    return Stored(place % SPAN, time, key, name, headers, body if is_intact(row) else None)
 
 
 def stored(connection: Any, topic: int, start: int, most: int) -> list[Stored]:

@@ -37,6 +37,8 @@ class FileStore:
         self.path = path if path == MEMORY else os.path.abspath(path)
         self.durability = durability
         self.presence = None if path == MEMORY else Presence(self.path)
+        self.jobs: set[str] = set()
+        """The jobs that write to topics here, by the prefix of their journal's tables."""
         self._connection: Any = None
         self._leases: dict[int, float] = {}
         self._renewed = 0.0
@@ -52,6 +54,11 @@ class FileStore:
     def session(self) -> str:
         """What names this open log among those of other processes."""
         return self.presence.name if self.presence is not None else MEMORY
+
+    @property
+    def directory(self) -> str | None:
+        """Where processes tell of themselves; None in memory."""
+        return None if self.presence is None else self.presence.directory
 
     def is_alive(self, session: str) -> bool:
         """Whether the process of another open log of this file still lives."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 from penstock.errors import DecodeError, LeaseLost, LogError, PlanError
 from penstock.events.clock import boot_time, loop_time
 from penstock.events.event import Event, moment
-from penstock.events.groups import Claimed, Letter, Row, acknowledge, bury, claim, extend, join, leave, release
+from penstock.events.groups import Claimed, Letter, Ranges, Row, acknowledge, bury, claim, extend, join, leave, release
 from penstock.events.reading import open_group
 from penstock.flow.commit import uninterrupted
 from penstock.flow.demand import Demand
@@ -36,14 +36,14 @@ from penstock.place.loop import clock_of
 if TYPE_CHECKING:
     from penstock.events.topic import Topic
 
-__all__ = ["Delivery", "Reader", "Subscription"]
+__all__ = ["ALONE", "MOST_CLAIMED", "Delivery", "Reader", "Subscription"]
 
 T = TypeVar("T")
 
 logger = logging.getLogger("penstock")
 
-_ALONE = 1.0  # seconds that a suspect is out by itself
-_MOST_CLAIMED = 1024
+ALONE = 1.0  # seconds that a suspect is out by itself
+MOST_CLAIMED = 1024
 _LONGEST_BACKOFF = 60.0
 
 
@@ -99,7 +99,7 @@ class Reader:
         log = self.topic.log
         return await log.ask(claim, self.name, self.owner, most, now, log.store.is_alive)
 
-    async def acknowledge(self, owner: int, ranges: list[tuple[int, int]]) -> list[int]:
+    async def acknowledge(self, owner: int, ranges: Ranges) -> list[int]:
         """These are done with; returns those that weren't this owner's."""
         return await self.topic.log.ask(acknowledge, self.name[0], self.number, owner, ranges)
 
@@ -323,7 +323,7 @@ class Subscription(Generic[T]):
             raise PlanError("a subscription was entered a second time", "Call topic.subscribe() again")
         self._entered = True
         self._loop = asyncio.get_running_loop()
-        self._demand = Demand(clock_of(self._loop), 1, min(self._in_flight, _MOST_CLAIMED))
+        self._demand = Demand(clock_of(self._loop), 1, min(self._in_flight, MOST_CLAIMED))
         try:
             await self.reader.join()
         except BaseException:
@@ -486,7 +486,7 @@ class Subscription(Generic[T]):
             headers = self.topic.codec.headers(row.headers)
             event = Event(value, row.seq, moment(row.time), row.key, row.id, headers)
             if row.suspect:
-                self._suspects[row.seq] = self._loop.time() + _ALONE
+                self._suspects[row.seq] = self._loop.time() + ALONE
             if row.key is not None:
                 lane = self._lanes.get(row.key)
                 if lane is not None:

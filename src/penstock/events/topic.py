@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Unpack
 
 from penstock.errors import DecodeError, LogError, PlanError
 from penstock.events.event import Codec, DeadLetter, Event, moment
@@ -19,8 +19,13 @@ from penstock.events.reading import (
     stored,
     trim,
 )
+from penstock.events.sink import TopicSink
+from penstock.events.source import GroupSource
 from penstock.events.subscription import Subscription
 from penstock.events.transaction import Transaction
+from penstock.flow.flow import Flow
+from penstock.flow.retry import Retry
+from penstock.flow.stage import Defaults
 
 if TYPE_CHECKING:
     from penstock.events.log import EventLog
@@ -185,6 +190,45 @@ class Topic(Generic[T]):
             start=start,
             until=until,
         )
+
+    def flow(
+        self,
+        group: str,
+        *,
+        lease: float = 30.0,
+        max_attempts: int = 5,
+        start: int | Literal["earliest", "latest"] = "earliest",
+        exclusive: bool | None = None,
+        name: str | None = None,
+        id: str | Callable[[T], Any] | None = None,
+        **defaults: Unpack[Defaults],
+    ) -> Flow[T]:
+        """The events of a group as a flow, for jobs: ``topic.flow("g").map(f).to(log.topic("out"))``.
+
+        Outputs in a topic of the same log count together with the acknowledgement: exactly once, for several
+        processes in the group too. Into a file it is exactly once for a job that reads the group alone: ``exclusive``,
+        the default there (False: at least once). Into a function it is at least once. The job runs until it is stopped;
+        ``run(until="drained")`` ends when nothing is left.
+
+        An event whose stage fails is tried again, ``max_attempts`` times in all with a backoff from a second up, and
+        goes to the dead letters then, at once for a ``TypeError`` and its like; ``retry=`` and ``on_error=`` (here or
+        at a stage) change that. ``lease``, ``start``: see ``subscribe``; ``name``, ``id`` and the defaults: see
+        ``Flow``.
+
+        Raises PlanError for parameters out of range; the job raises GroupInUse.
+        """
+        source = GroupSource(self, group, lease=lease, max_attempts=max_attempts, start=start, exclusive=exclusive)
+        given: dict[str, Any] = {
+            "on_error": "dead_letter",
+            "retry": Retry(attempts=max_attempts - 1, backoff=1.0, jitter=False),
+        }
+        given.update(defaults)
+        return Flow(source, name=name, id=id, **given)
+
+    def as_sink(self, key: Callable[[Any], str | None] | None = None) -> TopicSink:
+        """This topic as an output, with a ``key`` for each: ``.to(topic.as_sink(key=...))``; ``.to(topic)`` has
+        none."""
+        return TopicSink(self, key)
 
     async def groups(self) -> list[GroupInfo]:
         """The groups of this topic as they stand, by name. Raises Closed, LogError."""

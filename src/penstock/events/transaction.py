@@ -6,13 +6,14 @@ A topic's next number, its last time and its size are read once and written once
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from zlib import crc32
 
 from penstock.events.clock import calendar
 from penstock.events.schema import SPAN
 
-__all__ = ["Appended", "Transaction", "checksum"]
+__all__ = ["Appended", "Transaction", "is_intact"]
 
 
 class Appended(NamedTuple):
@@ -28,6 +29,13 @@ class Appended(NamedTuple):
 def checksum(place: int, time: int, due: int | None, key: str | None, id: str | None, headers: str | None) -> int:
     """Of all of an event but its body, to be continued with that."""
     return crc32(f"{place} {time} {due} {key} {id} {headers}".encode())
+
+
+def is_intact(stored: Sequence[Any]) -> bool:
+    """Whether an event (place, time, due, key, id, headers, body, crc) is what was published: a bit that was flipped
+    may change a value or its type."""
+    *meta, body, crc = stored
+    return isinstance(body, bytes) and crc32(body, checksum(*meta)) == crc
 
 
 class _Head:

@@ -70,9 +70,6 @@ class DeadSource:
     async def give_back(self, positions: Positions, delay: float = 0, reason: str | None = None) -> None:
         """They are still there."""
 
-    async def dead(self, positions: Positions, reason: str) -> None:
-        """They are still there."""
-
     def joins(self, sink: Any) -> bool:
         """Whether the sink writes the output that these letters belong to."""
         return getattr(sink, "letters", None) == self.identity

@@ -26,7 +26,6 @@ from penstock.flow.failing import DEAD_LETTER, RAISE, Policy
 from penstock.flow.ledger import DEAD, SKIPPED
 from penstock.flow.meter import BUSY, WAITING_INPUT, SegmentMeter
 from penstock.flow.origin import positions_of
-from penstock.flow.progress import Positions
 from penstock.flow.segment import Host
 
 __all__ = ["MOST_UNCOMMITTED", "Committer", "cancel_once", "uninterrupted"]
@@ -89,6 +88,7 @@ class Committer:
         self.broken = False
         self._first: Delta | None = first
         self._joined = source.joins(sink)
+        self._reading: Any = source if hasattr(source, "dead") else None
         self._wanted: asyncio.Future[None] | None = None
         self._next = host.clock() + max(_FIRST_AFTER, sink.pace)
         self._recent: deque[float] = deque(maxlen=_RECENT)
@@ -112,7 +112,7 @@ class Committer:
             elif self.channel.ended:
                 return
             now = self.host.clock()
-            if self.ledger.uncommitted and (now >= self._next or self.ledger.uncommitted >= MOST_UNCOMMITTED):
+            if self.ledger.uncommitted and (now >= self._due() or self.ledger.uncommitted >= MOST_UNCOMMITTED):
                 await self.commit()
             if not self.channel.items and not self.ledger.entries and not self.channel.closed:
                 await self._wait()
@@ -124,7 +124,7 @@ class Committer:
         wanted = self._wanted = loop.create_future()
         timer: asyncio.TimerHandle | None = None
         if self.ledger.uncommitted:
-            timer = loop.call_later(max(0.0, self._next - self.host.clock()), self._wake)
+            timer = loop.call_later(max(0.0, self._due() - self.host.clock()), self._wake)
         try:
             await wanted
         finally:
@@ -132,6 +132,10 @@ class Committer:
             if timer is not None:
                 timer.cancel()
             self.meter.set_state(BUSY, self.host.clock())
+
+    def _due(self) -> float:
+        """When to commit. What was taken from a subscription, and is all there is, isn't kept waiting."""
+        return 0.0 if self._reading is not None and not self.ledger.ahead else self._next
 
     async def _write(self) -> None:
         entries, self.ledger.entries = self.ledger.entries, []
@@ -184,6 +188,9 @@ class Committer:
             delta.snapshot, delta.plan = self._first.snapshot, self._first.plan
         delta.finished = finished
         delta.report = report
+        if self._reading is not None and not self._joined and delta.dead:
+            await self._reading.dead(delta.dead)
+            delta.dead = []
         began = perf_counter()
         fenced = await self._call(self.sink.commit(delta))
         took = perf_counter() - began
@@ -195,14 +202,8 @@ class Committer:
         apart = (_SHARE - 1) * min(self._recent) if self._recent else _FIRST_AFTER
         self._next = self.host.clock() + max(apart, self.sink.pace)
         self.ledger.committed(delta, fenced)
-        if self._joined:
-            return
-        if delta.settled:
+        if delta.settled and not self._joined:
             await self.source.settle(delta.settled)
-        for failed in delta.dead:
-            letters = Positions()
-            letters.add(failed.position)
-            await self.source.dead(letters, failed.reason)
 
     async def close(self) -> None:
         """Release the sink; what wasn't committed doesn't count."""

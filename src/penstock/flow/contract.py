@@ -14,7 +14,20 @@ import msgspec
 
 from penstock.flow.progress import Intervals, Position, Positions, Progress
 
-__all__ = ["SUFFIXES", "Delta", "Failed", "JobId", "Origin", "Results", "Sink", "Source", "Unreadable"]
+__all__ = [
+    "SUFFIXES",
+    "Delta",
+    "Failed",
+    "JobId",
+    "Origin",
+    "Reading",
+    "Results",
+    "Sink",
+    "Source",
+    "Subscribed",
+    "Unreadable",
+    "is_subscribed",
+]
 
 T_co = TypeVar("T_co", covariant=True)
 T_contra = TypeVar("T_contra", contravariant=True)
@@ -84,6 +97,7 @@ class JobId:
 
     ``name``: the key under which its progress is kept. ``source``: the source's identity. ``fresh``: discard what
     is there. ``by_id``: progress is a set of ids. ``replayable``: False if an earlier run's progress can't be used.
+    ``settles``: the source is told what is committed and remembers it, so that only the last commit is to be kept.
     """
 
     name: str
@@ -91,6 +105,7 @@ class JobId:
     fresh: bool = False
     by_id: bool = False
     replayable: bool = True
+    settles: bool = False
 
 
 @dataclass(slots=True)
@@ -155,11 +170,33 @@ class Source(Protocol[T_co]):
     async def give_back(self, positions: Positions, delay: float = 0, reason: str | None = None) -> None:
         """These were taken and not finished: they may be read again after ``delay`` seconds."""
 
-    async def dead(self, positions: Positions, reason: str) -> None:
-        """These failed for good."""
-
     def joins(self, sink: Any) -> bool:
         """Whether this source and that sink share a transaction, so that ``Sink.commit`` settles too."""
+
+
+class Reading(Source[T_co], Protocol[T_co]):
+    """What one run reads of a ``Subscribed``. Its items are taken, and then settled, given back or dead."""
+
+    async def dead(self, letters: Sequence[Failed]) -> None:
+        """These failed for good: they are kept among the dead letters. Called before their positions are settled."""
+
+    async def close(self) -> None:
+        """Give back what is left. Comes last; safe to call twice."""
+
+
+class Subscribed(Source[T_co], Protocol[T_co]):
+    """A source that doesn't end, of which each run has a ``Reading`` of its own. It keeps the dead letters itself."""
+
+    def guarantee(self, sink: Sink[Any]) -> tuple[bool, str]:
+        """Whether outputs in that sink are exactly once, and why."""
+
+    def begin(self, sink: Sink[Any], *, drained: bool) -> tuple[Reading[T_co], Sink[Any]]:
+        """A reading for one run, and the sink as that run uses it. ``drained``: it ends when nothing is left."""
+
+
+def is_subscribed(source: Any) -> bool:
+    """Whether a source is a ``Subscribed``."""
+    return hasattr(source, "begin")
 
 
 class Sink(Protocol[T_contra]):

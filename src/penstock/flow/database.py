@@ -50,10 +50,12 @@ class Tables:
     ids: str
     dead: str
     runs: str
+    met: str
+    """The keys that this run has met: a temporary table."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
-        for name in _NAMES:
+        for name in (*_NAMES, "met"):
             setattr(self, name, '"' + f"{prefix}{name}".replace('"', '""') + '"')
 
     def create(self, connection: Any) -> None:

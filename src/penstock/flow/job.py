@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from penstock.errors import PlanError
 from penstock.flow.contract import Sink
 
 if TYPE_CHECKING:
@@ -41,13 +42,20 @@ class Job:
         return make_plan(self.flow, self).explain()
 
     async def run(
-        self, *, fresh: bool = False, inline: bool = False, signals: bool = False, progress: bool | None = None
+        self,
+        *,
+        fresh: bool = False,
+        inline: bool = False,
+        signals: bool = False,
+        progress: bool | None = None,
+        until: Literal["drained"] | None = None,
     ) -> Report:
         """Run the job to its end and return the report. Run again after a crash, it goes on where it was.
 
         ``fresh``: discard the output and its progress first. ``inline``: no threads or processes, so that
         ``breakpoint()`` works. ``signals``: drain and commit on the first SIGINT or SIGTERM and stop at once on the
-        second (main thread only). ``progress``: show it; None shows it where a person looks on.
+        second (main thread only). ``progress``: show it; None shows it where a person looks on. ``until="drained"``:
+        over a topic, end when nothing is left to be delivered; by default such a job runs until it is stopped.
 
         Raises what a stage raised by default (see ``on_error``), after the rest was cancelled and awaited; what
         was finished before is committed. Raises PlanError, ResumeMismatch, OutputInUse and their like before
@@ -58,10 +66,17 @@ class Job:
         >>> asyncio.run(ps.Flow([1, 2, 3]).to(lambda x: None).run()).delivered
         3
         """
-        async with self.start(fresh=fresh, inline=inline, signals=signals, progress=progress) as run:
+        async with self.start(fresh=fresh, inline=inline, signals=signals, progress=progress, until=until) as run:
             return await run.finish()
 
-    def run_sync(self, *, fresh: bool = False, inline: bool = False, progress: bool | None = None) -> Report:
+    def run_sync(
+        self,
+        *,
+        fresh: bool = False,
+        inline: bool = False,
+        progress: bool | None = None,
+        until: Literal["drained"] | None = None,
+    ) -> Report:
         """``run`` for code that isn't async; it works while an event loop runs, too (in a notebook).
 
         On the main thread the first Ctrl-C or SIGTERM drains and commits, then KeyboardInterrupt (or SystemExit with
@@ -69,10 +84,16 @@ class Job:
         """
         from penstock.flow.sync import run_job_blocking
 
-        return run_job_blocking(self, fresh=fresh, inline=inline, progress=progress)
+        return run_job_blocking(self, fresh=fresh, inline=inline, progress=progress, until=until)
 
     def start(
-        self, *, fresh: bool = False, inline: bool = False, signals: bool = False, progress: bool | None = None
+        self,
+        *,
+        fresh: bool = False,
+        inline: bool = False,
+        signals: bool = False,
+        progress: bool | None = None,
+        until: Literal["drained"] | None = None,
     ) -> Run:
         """Run the job inside ``async with job.start() as run``: ``run.report()`` is live, leaving the block ends it.
 
@@ -90,7 +111,10 @@ class Job:
         from penstock.flow.plan import make_plan
         from penstock.flow.run import Run
 
-        return Run(make_plan(self.flow, self), fresh=fresh, inline=inline, signals=signals, progress=progress)
+        if until not in (None, "drained"):
+            raise PlanError(f"run(until={until!r})", 'Give "drained", or leave it out')
+        plan = make_plan(self.flow, self)
+        return Run(plan, fresh=fresh, inline=inline, signals=signals, progress=progress, drained=until is not None)
 
     def with_sink(self, sink: Sink[Any]) -> Job:
         """The same job with its outputs going elsewhere."""

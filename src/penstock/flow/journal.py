@@ -58,14 +58,16 @@ class Journal:
     """The journal in the database at ``path``, opened for one job by ``load``.
 
     ``output`` names the output in messages, ``letters`` is the identity of its letters as a source, ``prefix`` that
-    of the tables' names in a database that holds more. Raises JournalError for what can't be used as a journal.
+    of the tables' names in a database that holds more. ``lent``: a connection that somebody else opened and closes, and
+    whose transactions he begins and ends around every call. Raises JournalError for what can't be used as a journal.
     """
 
-    def __init__(self, path: str, *, output: str, letters: str, prefix: str = "") -> None:
+    def __init__(self, path: str, *, output: str, letters: str, prefix: str = "", lent: Any = None) -> None:
         self.path = path
         self.output = output
         self.letters = letters
-        self.connection = connect(path)
+        self._is_lent = lent is not None
+        self.connection = lent if self._is_lent else connect(path)
         try:
             self._tables = opened_tables(self.connection, prefix)
             with reported(path):
@@ -73,7 +75,7 @@ class Journal:
                 """Whether the last job to write ended without closing: what the journal doesn't count is then its."""
                 stored = self._get("output")
         except BaseException:
-            self.connection.close()
+            self._close()
             raise
         self.state: dict[str, Any] = {} if stored is None else msgspec.json.decode(stored)
         """What the last commit said of the output: its committed length, say. Empty before the first."""
@@ -92,7 +94,8 @@ class Journal:
             if job.by_id:
                 self._keys_known = self._any("ids") or self._any("unfinished")
                 self.connection.execute(
-                    "CREATE TEMP TABLE met(key TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID"
+                    f"DROP TABLE IF EXISTS temp.{self._tables.met}; CREATE TEMP TABLE {self._tables.met}"
+                    "(key TEXT PRIMARY KEY, times INTEGER NOT NULL) WITHOUT ROWID"
                 )
             if not self._is_touched():
                 return Progress()
@@ -157,8 +160,8 @@ class Journal:
             execute = self.connection.execute
             for key in keys:
                 times = execute(
-                    "INSERT INTO temp.met VALUES (?, 1) ON CONFLICT(key) DO UPDATE SET times = times + 1 "
-                    "RETURNING times",
+                    f"INSERT INTO temp.{self._tables.met} VALUES (?, 1) "
+                    "ON CONFLICT(key) DO UPDATE SET times = times + 1 RETURNING times",
                     (key,),
                 ).get
                 known = Known(key if times == 1 else f"{key}#{times}", repeated=times > 1)
@@ -170,13 +173,17 @@ class Journal:
     def close(self, *, clean: bool) -> None:
         """Close the file; ``clean``: the output holds nothing but what is counted. Safe to call twice."""
         try:
-            if self.connection.in_transaction:
+            if self.connection.in_transaction and not self._is_lent:
                 self.connection.execute("ROLLBACK")
             if clean and (self._begun or self.running):
                 with self._transaction():
                     self._set("running", 0)
         finally:
             self._begun = False
+            self._close()
+
+    def _close(self) -> None:
+        if not self._is_lent:
             with reported(self.path):
                 self.connection.close()
 
@@ -233,6 +240,8 @@ class Journal:
         if self._job.by_id:
             self._settle_keys([key for position, key in delta.keys.items() if position in delta.settled])
         else:
+            if self._job.settles:  # what the last commit said has been passed on since
+                self.connection.execute(f"DELETE FROM {tables.progress}")
             self._settle(delta.settled)
         self._increase(tables.taken, "stage", delta.taken)
         self._increase(tables.counts, "name", delta.counts)
@@ -418,6 +427,9 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        if self._is_lent:
+            yield
+            return
         self.hold()
         with reported(self.path):
             try:

@@ -84,9 +84,6 @@ class MemorySource:
     async def give_back(self, positions: Positions, delay: float = 0, reason: str | None = None) -> None:
         """Nobody else would take them."""
 
-    async def dead(self, positions: Positions, reason: str) -> None:
-        """Nobody keeps them here."""
-
     def joins(self, sink: Any) -> bool:
         return False
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import PlanError
-from penstock.flow.contract import Sink, Source
+from penstock.flow.contract import JobId, Sink, Source, is_subscribed
 from penstock.flow.stage import (
     Batch,
     Filter,
@@ -131,6 +131,26 @@ class Plan:
         """Whether the sink keeps progress, so that outputs of an item are held to be committed together."""
         return self.sink is not None and self.sink.exactly_once
 
+    def begin(self, *, drained: bool) -> tuple[Source[Any] | None, Sink[Any] | None, Any]:
+        """The source and the sink as one run uses them, and its ``Reading`` if the source is a subscription."""
+        if not is_subscribed(self.source):
+            return self.source, self.sink, None
+        subscribed: Any = self.source
+        reading, sink = subscribed.begin(self.sink, drained=drained)
+        return reading, sink, reading
+
+    def job(self, *, fresh: bool) -> JobId:
+        """Which job opens the sink."""
+        assert self.source is not None
+        return JobId(
+            self.name,
+            self.source.identity,
+            fresh=fresh,
+            by_id=self.id is not None and self.commits,
+            replayable=self.source.replayable,
+            settles=is_subscribed(self.source),
+        )
+
     def explain(self) -> str:
         """The plan in words: a line for each segment, and the guarantee with its reason."""
         names = [name for segment in self.segments for name in segment.names]
@@ -174,8 +194,8 @@ def make_plan(flow: Flow[Any], job: Job | None) -> Plan:
     _check_expansions(flow.stages)
     read_on_error = flow.defaults.get("on_error", "raise")
     sink_on_error = job.on_error if job is not None else "raise"
-    _check_dead_letters(flow, sink, read_on_error, sink_on_error)
     exactly_once, guarantee = _guarantee(flow, sink)
+    _check_dead_letters(flow, sink, read_on_error, sink_on_error)
     source_name = flow.name or flow.source.identity
     name = (job.name if job is not None else None) or (
         source_name if sink is None else f"{source_name} -> {sink.identity}"
@@ -308,7 +328,7 @@ def _check_dead_letters(flow: Flow[Any], sink: Sink[Any] | None, read_on_error: 
         asked.append("read")
     if sink_on_error == "dead_letter":
         asked.append("to")
-    if asked and (sink is None or not sink.keeps_dead):
+    if asked and (sink is None or not (sink.keeps_dead or is_subscribed(flow.source))):
         where = "the caller" if sink is None else sink.identity
         raise PlanError(
             f'stage {asked[0]!r} has on_error="dead_letter", and {where} keeps no dead letters',
@@ -319,6 +339,15 @@ def _check_dead_letters(flow: Flow[Any], sink: Sink[Any] | None, read_on_error: 
 def _guarantee(flow: Flow[Any], sink: Sink[Any] | None) -> tuple[bool, str]:
     assert flow.source is not None
     no_ids = "; no ids are kept, so a repeated one isn't noticed" if flow.id is not None else ""
+    if is_subscribed(flow.source):
+        if sink is None:
+            raise PlanError(
+                f"a flow over {flow.source.identity} needs an output: what is acknowledged must be done with",
+                "Add .to(...), or read it with topic.subscribe(group)",
+            )
+        subscribed: Any = flow.source
+        found: tuple[bool, str] = subscribed.guarantee(sink)
+        return found
     if sink is None:
         return False, f"outputs are handed to the caller as they come; nothing is kept for another run{no_ids}"
     if not sink.exactly_once:

@@ -34,7 +34,7 @@ from penstock.errors import Closed, PlanError, ResumeMismatch
 from penstock.flow.build import build_segments
 from penstock.flow.channel import Channel
 from penstock.flow.commit import Committer, cancel_once, uninterrupted
-from penstock.flow.contract import Delta, JobId
+from penstock.flow.contract import Delta
 from penstock.flow.display import Display
 from penstock.flow.failing import Policy
 from penstock.flow.interrupts import heard_on
@@ -68,8 +68,10 @@ class Run:
         progress: bool | None = None,
         outlet_room: int = 64,
         refuse: Callable[[Any, BaseException], bool] | None = None,
+        drained: bool = False,
     ) -> None:
         self.plan = plan
+        self._source, self._sink, self._reading_of = plan.begin(drained=drained)
         self._refuse = refuse
         self._outlet_room = outlet_room
         self._fresh = fresh
@@ -296,19 +298,17 @@ class Run:
         """Open sink and pools; None if there is nothing to do."""
         plan = self.plan
         progress, first = Progress(), Delta()
-        if plan.sink is not None and plan.source is not None:
-            by_id = plan.id is not None and plan.sink.exactly_once
-            job = JobId(
-                plan.name, plan.source.identity, fresh=self._fresh, by_id=by_id, replayable=plan.source.replayable
-            )
+        source, sink = self._source, self._sink
+        if sink is not None and source is not None:
+            job = plan.job(fresh=self._fresh)
             sink_channel = Channel(_SINK_ROOM)
             meter = StageMeter("to", "sink", 1)
             policy = Policy("to", meter, self.errors, on_error=plan.sink_on_error)
             segment_meter = SegmentMeter([meter], 1, self.clock())
-            progress = await plan.sink.open(job)
+            progress = await sink.open(job)
             self._earlier = dict(progress.counts)
             self._committer = Committer(
-                self, plan.sink, plan.source, sink_channel, policy, segment_meter, first
+                self, sink, source, sink_channel, policy, segment_meter, first
             )  # from here on the sink is closed by the shutdown
             if await self._nothing_to_do(progress, first):
                 return None
@@ -370,8 +370,9 @@ class Run:
         tasks: list[asyncio.Task[None]] = []
         if plan.source is not None:
             output = plan.sink.identity if plan.sink is not None else plan.name
+            assert self._source is not None
             reader = Reader(
-                self, plan.source, progress, self.inlet, self._policy, plan.id, output, digests=plan.streams
+                self, self._source, progress, self.inlet, self._policy, plan.id, output, digests=plan.streams
             )
             self._reading = self._begin("read", lambda: self._read(reader))
             self._reading.add_done_callback(self._no_more_items)
@@ -431,11 +432,11 @@ class Run:
         self._end()
 
     async def _shut_down(self) -> None:
-        steps: list[Callable[[], Awaitable[Any]]] = [self._stop_segments]
+        steps: list[Callable[[], Awaitable[Any]]] = [self._stop_segments, self._give_back]
         if self._committer is not None:
-            steps += [self._last_commit, self._give_back, self._committer.close]
-        else:
-            steps.append(self._give_back)
+            steps[1:] = [self._last_commit, self._give_back, self._committer.close]
+        if self._reading_of is not None:
+            steps.append(self._reading_of.close)
         for step in steps:
             try:
                 await step()
@@ -466,7 +467,8 @@ class Run:
             return
         self._finished_at = self.clock()
         report = self._report_for_journal()
-        await committer.commit(finished=self._has_read_all and not report["released"], report=report)
+        finished = self._has_read_all and not report["released"] and self._reading_of is None
+        await committer.commit(finished=finished, report=report)
         self._finished_at = 0.0
 
     def _report_for_journal(self) -> dict[str, Any]:
@@ -476,10 +478,10 @@ class Run:
 
     async def _give_back(self) -> None:
         self.ledger.release()
-        if self.plan.source is not None and self.plan.sink is not None:
+        if self._source is not None and self._sink is not None:
             left = self.ledger.unfinished()
             if left:
-                await self.plan.source.give_back(left)
+                await self._source.give_back(left)
 
     # -- signals ----------------------------------------------------------------------------------------------------
 

@@ -150,6 +150,9 @@ def read_signal(error: BaseException | None, result: object = None) -> Signal:
         return _UNKNOWN
 
 
+_TELLING = re.compile("retry-after|ratelimit|rate-limit", re.IGNORECASE)
+
+
 def _read_result(result: object) -> Signal:
     headers = _get(result, "headers")
     usage = _get(result, "usage")
@@ -159,6 +162,8 @@ def _read_result(result: object) -> Signal:
     for name in ("status_code", "status"):
         status = _get(result, name)
         if isinstance(status, int):
+            if status < 400 and isinstance(headers, Mapping) and not _TELLING.search("\n".join(map(str, headers))):
+                break  # the usual answer: it is only to be seen that it says nothing
             known = _normal(headers)
             kind = _kind_of(status, known) if status >= 400 else OK
             return Signal(kind, _retry_after(known), tokens, _rates(known))

@@ -30,6 +30,8 @@ def as_sink(target: Any) -> Sink[Any]:
             f"to({target!r}): the suffix doesn't say what to write",
             f"Known are {', '.join(sorted(SUFFIXES))}; or give one of ps.write, or a function",
         )
+    if hasattr(target, "as_sink"):
+        target = target.as_sink()
     if hasattr(target, "commit") and hasattr(target, "write"):
         given: Sink[Any] = target
         return given

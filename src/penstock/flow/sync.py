@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from penstock.errors import WrongLoop
 from penstock.flow.interrupts import Interrupts
@@ -189,9 +189,11 @@ def _settle_cancelled(future: concurrent.futures.Future[Any]) -> None:
     future.set_running_or_notify_cancel()
 
 
-def run_job_blocking(job: Job, *, fresh: bool, inline: bool, progress: bool | None) -> Report:
+def run_job_blocking(
+    job: Job, *, fresh: bool, inline: bool, progress: bool | None, until: Literal["drained"] | None
+) -> Report:
     """``Job.run`` on the background loop, with the signals of the main thread if this is it."""
-    run = job.start(fresh=fresh, inline=inline, progress=progress)
+    run = job.start(fresh=fresh, inline=inline, progress=progress, until=until)
 
     async def whole() -> Report:
         async with run:

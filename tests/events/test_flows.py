@@ -1,0 +1,319 @@
+"""Topics as sources and sinks of flows: what is acknowledged, what is published, and what a kill leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import penstock as ps
+from penstock.errors import GroupInUse, OutputInUse, PlanError
+from penstock.testing import run_virtual
+
+MakeLog = Callable[..., ps.EventLog]
+
+
+async def double(x: int) -> int:
+    return 2 * x
+
+
+async def values_of(topic: Any) -> list[Any]:
+    return [event.value async for event in topic.read()]
+
+
+def rows_of(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_from_topic_to_topic(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            source, sink = log.topic("in"), log.topic("out")
+            await source.publish_many(range(1000))
+            job = source.flow("g").map(double).to(sink)
+            assert "exactly once" in job.explain()
+            report = await job.run(until="drained")
+            assert report.delivered == 1000
+            assert report.issued == 1000
+            assert await values_of(sink) == [2 * x for x in range(1000)]
+            assert (await source.groups())[0].behind == 0
+            assert (await job.run(until="drained")).delivered == 0
+            await source.publish(7)
+            assert (await job.run(until="drained")).delivered == 1
+            assert (await values_of(sink))[-1] == 14
+
+    run_virtual(main())
+
+
+def test_until_it_is_stopped(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            source, sink = log.topic("in"), log.topic("out")
+            async with source.flow("g").map(double).to(sink).start() as run:
+                for number in range(5):
+                    await asyncio.sleep(10)
+                    await source.publish(number)
+                await asyncio.sleep(10)
+                assert await values_of(sink) == [0, 2, 4, 6, 8]
+                run.drain()
+                report = await run.finish()
+            assert report.delivered == 5
+
+    run_virtual(main())
+
+
+def test_a_poison_event_stops_nothing_and_is_dead_after_its_attempts(make_log: MakeLog) -> None:
+    async def main() -> None:
+        tried: list[float] = []
+
+        async def careful(x: int) -> int:
+            if x == 3:
+                tried.append(asyncio.get_running_loop().time())
+                raise ValueError("not three")
+            return x
+
+        async with make_log() as log:
+            source, sink = log.topic("in"), log.topic("out")
+            await source.publish_many(range(6))
+            report = await source.flow("g", max_attempts=3).map(careful).to(sink).run(until="drained")
+            assert (report.delivered, report.dead) == (5, 1)
+            assert sorted(await values_of(sink)) == [0, 1, 2, 4, 5]
+            assert [round(at - tried[0]) for at in tried] == [0, 1, 3]
+            (letter,) = [letter async for letter in source.dead()]
+            assert (letter.event.value, letter.attempts, letter.stage, letter.reason) == (3, 3, "careful", "ValueError")
+            assert await source.requeue() == 1
+            report = await source.flow("g").map(double).to(sink).run(until="drained")
+            assert report.delivered == 1
+
+    run_virtual(main())
+
+
+def test_an_event_that_cant_be_read_is_dead(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            await log.topic("in").publish_many([1, "two", 3])
+            report = await log.topic("in", type=int).flow("g").map(double).to(log.topic("out")).run(until="drained")
+            assert (report.delivered, report.dead) == (2, 1)
+            assert await values_of(log.topic("out")) == [2, 6]
+
+    run_virtual(main())
+
+
+def test_what_the_sink_refuses_is_dead(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            await log.topic("in").publish_many([1, 2])
+            flow = log.topic("in").flow("g").map(lambda x: object() if x == 1 else x)
+            report = await flow.to(log.topic("out")).run(until="drained")
+            assert (report.delivered, report.dead) == (1, 1)
+            assert [letter.reason async for letter in log.topic("in").dead()] == ["CannotEncode"]
+
+    run_virtual(main())
+
+
+def test_filters_and_expansions(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            source, sink = log.topic("in"), log.topic("out")
+            await source.publish_many(range(10))
+            flow = source.flow("g").filter(lambda x: x % 2).flat_map(lambda x: [x] * x)
+            report = await flow.to(sink).run(until="drained")
+            assert (report.delivered, report.filtered) == (5, 5)
+            assert await values_of(sink) == [x for x in range(10) if x % 2 for _ in range(x)]
+            assert (await source.groups())[0].held == 0
+
+    run_virtual(main())
+
+
+def test_a_key_for_each_output(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            sink = log.topic("out")
+            await ps.Flow([1, 2, 3]).to(sink.as_sink(key=lambda x: f"k{x % 2}")).run()
+            assert [event.key async for event in sink.read()] == ["k1", "k0", "k1"]
+
+    run_virtual(main())
+
+
+def test_a_list_into_a_topic_once(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            sink = log.topic("out")
+            job = ps.Flow(range(100)).map(double).to(sink)
+            assert (await job.run()).delivered == 100
+            assert "nothing to do" in str(await job.run())
+            assert len(await values_of(sink)) == 100
+            more = ps.Flow(range(150)).map(double).to(sink)
+            assert (await more.run()).delivered == 50
+            assert sorted(await values_of(sink)) == [2 * x for x in range(150)]
+            other = ps.Flow([5], name="another").to(sink)
+            assert (await other.run()).delivered == 1
+
+    run_virtual(main())
+
+
+def test_by_id_into_a_topic(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            sink = log.topic("out")
+            rows = [{"id": x} for x in range(10)]
+            await ps.Flow(rows, name="rows", id="id").to(sink).run()
+            await ps.Flow([*reversed(rows), {"id": 10}], name="rows", id="id").to(sink).run()
+            assert [row["id"] for row in await values_of(sink)] == list(range(11))
+
+    run_virtual(main())
+
+
+def test_a_job_opens_what_isnt_open(make_log: MakeLog, tmp_path: Path) -> None:
+    log = ps.EventLog(tmp_path / "other.db")
+    ps.Flow([1, 2]).to(log.topic("in")).run_sync()
+    assert not log.is_open
+    log.topic("in").flow("g").to(str(tmp_path / "out.jsonl")).run_sync(until="drained")
+    assert not log.is_open
+    assert rows_of(tmp_path / "out.jsonl") == [1, 2]
+
+
+def test_into_a_file_the_group_is_read_alone(tmp_path: Path, make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            topic = log.topic("in")
+            await topic.publish_many(range(3))
+            job = topic.flow("g").to(str(tmp_path / "out.jsonl"))
+            assert "exactly once" in job.explain()
+            async with job.start():
+                with pytest.raises(GroupInUse, match="exclusive=False"):
+                    await topic.flow("g").to(str(tmp_path / "other.jsonl")).run()
+                with pytest.raises(GroupInUse):
+                    async with topic.subscribe("g"):
+                        pass
+            assert "at least once" in topic.flow("g", exclusive=False).to(str(tmp_path / "o.jsonl")).explain()
+            async with topic.flow("g", exclusive=False).to(print).start(), topic.subscribe("g"):
+                pass
+
+    run_virtual(main())
+
+
+def test_two_runs_of_one_job_into_a_topic(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with ps.EventLog(tmp_path / "events.db") as log:
+            job = ps.Flow([1]).map(lambda _: 1).to(log.topic("out"))
+            async with job.start():
+                with pytest.raises(OutputInUse):
+                    await job.run()
+
+    asyncio.run(main())
+
+
+def test_what_a_flow_over_a_topic_needs(make_log: MakeLog) -> None:
+    log = make_log()
+    with pytest.raises(PlanError, match="needs an output"):
+        log.topic("t").flow("g").collect_sync()
+    with pytest.raises(PlanError, match="until"):
+        log.topic("t").flow("g").to(print).run_sync(until="tomorrow")  # type: ignore[arg-type]
+    for options in ({"lease": 0}, {"max_attempts": 0}, {"exclusive": 5}, {"start": -2}):
+        with pytest.raises(PlanError):
+            log.topic("t").flow("g", **options)  # type: ignore[arg-type]
+
+
+def test_law_cancellation_gives_back_what_was_taken(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            topic, sink = log.topic("in"), log.topic("out")
+            await topic.publish_many(range(50))
+            begun = asyncio.Event()
+
+            async def slow(x: int) -> int:
+                if x == 5:
+                    begun.set()
+                    await asyncio.sleep(100)
+                return x
+
+            running = asyncio.create_task(topic.flow("g").map(slow, concurrency=4).to(sink).run())
+            await begun.wait()
+            running.cancel()
+            await asyncio.wait([running])
+            (group,) = await topic.groups()
+            assert (group.held, group.readers) == (0, 0)
+            await topic.flow("g").map(double, ordered=False).to(sink).run(until="drained")
+            values = await values_of(sink)
+            assert len(values) == 50
+
+    run_virtual(main())
+
+
+# -- kills ------------------------------------------------------------------------------------------------------------
+
+PROGRAM = """
+    import asyncio, sys
+    import penstock as ps
+
+    async def work(x):
+        await asyncio.sleep(0.0005)
+        return {"x": x}
+
+    log = ps.EventLog("events.db")
+    out = log.topic("out") if sys.argv[1] == "topic" else sys.argv[1]
+    flow = log.topic("in").flow("g", lease=600).map(work, concurrency=8, ordered=False)
+    print(flow.to(out).run_sync(progress=False, until="drained").delivered)
+    """
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("out", "processes"), [("topic", 1), ("topic", 3), ("out.jsonl", 1), ("out.db", 1)])
+def test_law_exactly_once_over_a_topic(out: str, processes: int, kills: int, tmp_path: Path) -> None:
+    count = 400 * kills
+    (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
+    draw = random.Random(f"{out}{processes}")
+    path = tmp_path / "events.db"
+
+    async def publish() -> None:
+        async with ps.EventLog(path) as log:
+            await log.topic("in").publish_many(range(count), key=lambda x: f"k{x % 50}")
+
+    asyncio.run(publish())
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "program.py", out], cwd=tmp_path, stdout=subprocess.DEVNULL)
+
+    running = [start() for _ in range(processes)]
+    for _ in range(kills):
+        time.sleep(0.4 + draw.random() * 0.3)
+        victim = draw.randrange(processes)
+        running[victim].kill()
+        running[victim].wait()
+        running[victim] = start()
+    for one in running:
+        assert one.wait(120) == 0
+
+    async def found() -> list[int]:
+        if out == "topic":
+            async with ps.EventLog(path) as log:
+                return [value["x"] for value in await values_of(log.topic("out"))]
+        if out == "out.jsonl":
+            return [row["x"] for row in rows_of(tmp_path / out)]
+        import apsw
+
+        connection = apsw.Connection(str(tmp_path / out))
+        rows = [x for (x,) in connection.execute("SELECT x FROM outputs")]
+        connection.close()
+        return rows
+
+    assert sorted(asyncio.run(found())) == list(range(count))
+    assert os.path.exists(path)
+
+    async def letters() -> int:
+        async with ps.EventLog(path) as log:
+            return len([letter async for letter in log.topic("in").dead()])
+
+    assert asyncio.run(letters()) == 0
