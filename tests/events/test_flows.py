@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -251,6 +252,62 @@ def test_law_cancellation_gives_back_what_was_taken(make_log: MakeLog) -> None:
     run_virtual(main())
 
 
+# -- states -----------------------------------------------------------------------------------------------------------
+
+
+def add(total: int | None, x: int) -> tuple[int, list[int]]:
+    return (total or 0) + x, [x, (total or 0) + x]
+
+
+def test_a_state_for_each_key_of_the_events(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            source, sink = log.topic("in"), log.topic("out")
+            for start in (0, 100):  # the second job goes on with the states of the first
+                await source.publish_many(range(start, start + 100), key=lambda x: f"k{x % 7}")
+                await source.flow("g").map_state(add).to(sink).run(until="drained")
+            sums: dict[int, int] = {}
+            for x, total in await values_of(sink):
+                sums[x % 7] = sums.get(x % 7, 0) + x
+                assert total == sums[x % 7]
+            assert sums == {key: sum(range(key, 200, 7)) for key in range(7)}
+
+    run_virtual(main())
+
+
+def test_an_event_without_a_key_is_dead_where_states_are_by_key(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            await log.topic("in").publish(1)
+            report = await log.topic("in").flow("g").map_state(add).to(log.topic("out")).run(until="drained")
+            assert report.dead == 1
+            assert ["Publish with key=" in letter.error async for letter in log.topic("in").dead()] == [True]
+
+    run_virtual(main())
+
+
+def test_another_key_needs_the_group_alone(make_log: MakeLog) -> None:
+    log = make_log()
+    flow = log.topic("in").flow("g").map_state(add, key=lambda x: x % 2)
+    with pytest.raises(PlanError, match="exclusive=True"):
+        flow.to(log.topic("out")).explain()
+    alone = log.topic("in").flow("g", exclusive=True).map_state(add, key=lambda x: x % 2)
+    assert "exactly once" in alone.to(log.topic("out")).explain()
+
+
+def test_a_state_over_a_topic_into_a_file(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with ps.EventLog(tmp_path / "events.db") as log:
+            topic = log.topic("in")
+            job = topic.flow("g").map_state(add).to(str(tmp_path / "out.jsonl"))
+            for _ in range(2):
+                await topic.publish_many([1, 2, 3], key=lambda _: "k")
+                await job.run(until="drained")
+            assert [total for _, total in rows_of(tmp_path / "out.jsonl")] == [1, 3, 6, 7, 9, 12]
+
+    asyncio.run(main())
+
+
 # -- kills ------------------------------------------------------------------------------------------------------------
 
 PROGRAM = """
@@ -317,3 +374,58 @@ def test_law_exactly_once_over_a_topic(out: str, processes: int, kills: int, tmp
             return len([letter async for letter in log.topic("in").dead()])
 
     assert asyncio.run(letters()) == 0
+
+
+SUMS = """
+    import sys
+    import penstock as ps
+
+    def add(total, x):
+        return (total or 0) + x, [x, (total or 0) + x]
+
+    log = ps.EventLog("events.db")
+    flow = log.topic("in").flow("g", lease=600).map_state(add)
+    flow.to(log.topic("out")).run_sync(progress=False, until="drained")
+    """
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize(
+    ("events", "keys", "kills"),
+    [(4000, 50, 5), pytest.param(100_000, 1000, 60, marks=pytest.mark.soak)],
+    ids=["short", "long"],
+)
+def test_law_exactly_once_sums_by_key_in_four_processes(events: int, keys: int, kills: int, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(textwrap.dedent(SUMS))
+    draw = random.Random(events)
+    path = tmp_path / "events.db"
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "program.py"], cwd=tmp_path)
+
+    async def main() -> None:
+        async with ps.EventLog(path) as log:
+            numbers = iter(range(events))
+            running = [start() for _ in range(4)]
+            for _ in range(kills):
+                some = list(itertools.islice(numbers, events // kills))
+                await log.topic("in").publish_many(some, key=lambda x: f"k{x % keys}")
+                await asyncio.sleep(1 if kills > 10 else 0.4)
+                victim = draw.randrange(4)
+                running[victim].kill()
+                running[victim].wait()
+                running[victim] = start()
+            for one in running:
+                await asyncio.to_thread(one.wait)
+            last = [start()]
+            assert await asyncio.to_thread(last[0].wait) == 0
+            source = [event.value async for event in log.topic("in").read()]
+            sums: dict[int, int] = {}
+            found = await values_of(log.topic("out"))
+            assert sorted(x for x, _ in found) == sorted(source)
+            for x, total in found:
+                sums[x % keys] = sums.get(x % keys, 0) + x
+                assert total == sums[x % keys], "out of order within a key, or a sum that lost or doubled something"
+            assert [letter async for letter in log.topic("in").dead()] == []
+
+    asyncio.run(main())

@@ -126,7 +126,6 @@ def test_a_source_in_memory_has_nobody_to_tell() -> None:
         positions = Positions({"": Intervals([(0, 1)])})
         await source.settle(positions)
         await source.give_back(positions)
-        await source.dead(positions, "reason")
         assert not source.joins(Recorder())
 
     asyncio.run(main())

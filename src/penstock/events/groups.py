@@ -30,6 +30,7 @@ __all__ = [
     "bury",
     "claim",
     "expire",
+    "extend",
     "join",
     "leave",
     "release",

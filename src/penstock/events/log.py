@@ -39,7 +39,7 @@ __all__ = ["Capabilities", "EventLog"]
 
 T = TypeVar("T")
 
-Durability = Literal["disk", "process"]
+_Durability = Literal["disk", "process"]
 _MAX_BYTES = 16 << 20
 
 
@@ -108,7 +108,7 @@ class EventLog:
         self,
         address: str | os.PathLike[str],
         *,
-        durability: Durability | None = None,
+        durability: _Durability | None = None,
         max_bytes: int = _MAX_BYTES,
     ) -> None:
         self.address = os.fspath(address)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from penstock.errors import OutputInUse, OutputRejected
 from penstock.events.groups import acknowledge, bury
 from penstock.events.reading import open_topic
+from penstock.events.states import keep_states, load_states
 from penstock.events.transaction import Appended, Transaction
 from penstock.flow.contract import Delta, JobId, Origin
 from penstock.flow.database import Tables
@@ -90,6 +91,7 @@ class TopicSink:
         self._journal.begin()
         if job.by_id:
             progress.ids = self
+        progress.states = self
         return progress
 
     def _journal_on(self, connection: Any) -> Journal:
@@ -106,6 +108,15 @@ class TopicSink:
         assert self._journal is not None
         self._journal.connection = transaction.connection
         return self._journal.look_up(keys)
+
+    async def load_states(self, stage: str, keys: list[str]) -> dict[str, bytes]:
+        """The states of these keys that earlier commits left, of a ``map_state``."""
+        return await self.topic.log.ask(self._load_states, stage, keys)
+
+    def _load_states(self, transaction: Transaction, stage: str, keys: list[str]) -> dict[str, bytes]:
+        assert self._journal is not None
+        self._journal.connection = transaction.connection
+        return self._journal.load_states(stage, keys)
 
     async def write(self, outputs: Sequence[tuple[Origin, Sequence[Any]]]) -> None:
         """Take these outputs; they count at the next commit. Raises OutputRejected."""
@@ -190,7 +201,11 @@ class JoinedSink:
         """Nothing to undo: what doesn't count isn't there."""
         await self._sink.topic.log.open()
         self._opened = True
-        return Progress()
+        return Progress(states=self)
+
+    async def load_states(self, stage: str, keys: list[str]) -> dict[str, bytes]:
+        """The states of these keys that earlier commits left in the group, of a ``map_state``."""
+        return await self._sink.topic.log.look(load_states, self._reading.reader.name[0], stage, keys)
 
     async def write(self, outputs: Sequence[tuple[Origin, Sequence[Any]]]) -> None:
         """Take these outputs; they count at the next commit. Raises OutputRejected."""
@@ -216,6 +231,12 @@ class JoinedSink:
             for seq in acknowledge(transaction, group, topic, owner, ranges):
                 if (partition, seq) not in dead:
                     fenced.add((partition, seq))
+        held = self._reading.held(transaction)
+        keep_states(
+            transaction,
+            group,
+            [(stage, key, value) for (stage, partition, key), value in delta.states.items() if partition in held],
+        )
         kept = [one for one in waiting if not any(position in fenced for position in one[0])]
         _publish(transaction, self._sink.topic.name, kept)
         return fenced

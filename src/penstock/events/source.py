@@ -21,10 +21,11 @@ from penstock.events.clock import boot_time, loop_time
 from penstock.events.groups import Letter, Ranges, settle_earlier
 from penstock.events.sink import JoinedSink, TopicSink
 from penstock.events.subscription import ALONE, MOST_CLAIMED, Reader
+from penstock.events.transaction import Transaction
 from penstock.flow.commit import uninterrupted
 from penstock.flow.contract import Failed, Sink, Unreadable
 from penstock.flow.demand import Demand
-from penstock.flow.progress import Positions, Progress
+from penstock.flow.progress import Position, Positions, Progress
 from penstock.place.loop import clock_of
 
 if TYPE_CHECKING:
@@ -79,9 +80,10 @@ class GroupSource:
     def _joins(self, sink: Any) -> bool:
         return isinstance(sink, TopicSink) and sink.topic.log.is_same(self.topic.log)
 
-    def _is_alone(self, sink: Sink[Any]) -> bool:
+    def is_alone(self, sink: Sink[Any] | None) -> bool:
+        """Whether a job into that sink reads the group alone."""
         if self.exclusive is None:
-            return sink.exactly_once and not self._joins(sink)
+            return sink is not None and sink.exactly_once and not self._joins(sink)
         return self.exclusive
 
     def guarantee(self, sink: Sink[Any]) -> tuple[bool, str]:
@@ -91,7 +93,7 @@ class GroupSource:
             return True, f"exactly once: outputs and acknowledgements of {group} are one transaction of the log"
         if not sink.exactly_once:
             return False, "at least once: a function can't commit together with the acknowledgement"
-        if not self._is_alone(sink):
+        if not self.is_alone(sink):
             return False, f"at least once: others may read {group}, and {sink.identity} isn't in the log"
         return True, (
             f"exactly once: {sink.identity} commits what is to be acknowledged together with the data, and no other "
@@ -100,7 +102,7 @@ class GroupSource:
 
     def begin(self, sink: Sink[Any], *, drained: bool) -> tuple[GroupReading, Sink[Any]]:
         """A reading for one run, and the sink as that run uses it."""
-        reading = GroupReading(self, self._reader(alone=self._is_alone(sink)), drained=drained)
+        reading = GroupReading(self, self._reader(alone=self.is_alone(sink)), drained=drained)
         if self._joins(sink):
             assert isinstance(sink, TopicSink)
             return reading, JoinedSink(sink, reading)
@@ -138,7 +140,7 @@ class GroupReading:
         self.reader = reader
         self._until_drained = drained
         self._owners: dict[str, int] = {}
-        self._attempts: dict[tuple[str, int], int] = {}
+        self._taken: dict[tuple[str, int], tuple[int, str | None]] = {}  # attempt and key
         self._suspect: tuple[tuple[str, int], float] | None = None
         self._settled = asyncio.Event()
         self._opened = False
@@ -175,6 +177,8 @@ class GroupReading:
             try:
                 claimed = await uninterrupted(self.reader.claim(demand.note(taken), loop_time(loop)))
             except LeaseLost:
+                if self.reader.alone:  # another may have read meanwhile, and the sink knows nothing of that
+                    raise
                 logger.warning("topic %r: the lease in group %r was lost", self.topic.name, self.reader.group)
                 await self._join()
                 continue
@@ -199,7 +203,7 @@ class GroupReading:
         items: list[tuple[tuple[str, int], Any]] = []
         for row in rows:
             position = (partition, row.seq)
-            self._attempts[position] = row.attempt
+            self._taken[position] = (row.attempt, row.key)
             if row.suspect:
                 self._suspect = (position, now + ALONE)
                 self._settled.clear()
@@ -229,12 +233,21 @@ class GroupReading:
             if partition in self._owners
         ]
 
+    def key_of(self, position: Position) -> str | None:
+        """The key of an event that was taken and isn't settled."""
+        return self._taken[position][1]
+
+    def held(self, transaction: Transaction) -> set[str]:
+        """The partitions whose owner still has its lease."""
+        owns = "SELECT 1 FROM owners WHERE owner = ?"
+        return {name for name, owner in self._owners.items() if transaction.connection.execute(owns, (owner,)).get}
+
     def letters(self, dead: Sequence[Failed]) -> list[tuple[int, Letter]]:
         """Dead letters, with the owner each was claimed by."""
         found = []
         for failed in dead:
             partition, seq = failed.position
-            attempts = max(failed.attempts, self._attempts.get(failed.position, 1))
+            attempts = max(failed.attempts, self._taken.get(failed.position, (1, None))[0])
             letter = Letter(seq, attempts, failed.stage, failed.reason, failed.error)
             found.append((self._owners[partition], letter))
         return found
@@ -244,7 +257,7 @@ class GroupReading:
         for partition, intervals in positions.partitions.items():
             for start, stop in intervals:
                 for seq in range(start, stop):
-                    self._attempts.pop((partition, seq), None)
+                    self._taken.pop((partition, seq), None)
         if self._suspect is not None and self._suspect[0] in positions:
             self._settled.set()
 

@@ -26,7 +26,7 @@ class Appended(NamedTuple):
     due: int | None = None
 
 
-def checksum(place: int, time: int, due: int | None, key: str | None, id: str | None, headers: str | None) -> int:
+def _checksum(place: int, time: int, due: int | None, key: str | None, id: str | None, headers: str | None) -> int:
     """Of all of an event but its body, to be continued with that."""
     return crc32(f"{place} {time} {due} {key} {id} {headers}".encode())
 
@@ -35,7 +35,7 @@ def is_intact(stored: Sequence[Any]) -> bool:
     """Whether an event (place, time, due, key, id, headers, body, crc) is what was published: a bit that was flipped
     may change a value or its type."""
     *meta, body, crc = stored
-    return isinstance(body, bytes) and crc32(body, checksum(*meta)) == crc
+    return isinstance(body, bytes) and crc32(body, _checksum(*meta)) == crc
 
 
 class _Head:
@@ -83,7 +83,7 @@ class Transaction:
                 numbers.append(known)
                 continue
             place = base + seq
-            crc = crc32(body, checksum(place, time, due, key, name, headers))
+            crc = crc32(body, _checksum(place, time, due, key, name, headers))
             rows.append((place, time, due, key, name, headers, body, crc))
             if name is not None:
                 self._ids[topic, name] = seq

@@ -85,8 +85,10 @@ class Output(ABC):
         except BaseException:
             await self.close()
             raise
+        journal = _OnDesk(desk, self._journal)
+        progress.states = journal
         if job.by_id and job.source != self.letters:
-            progress.ids = _DeskIds(desk, self._journal)
+            progress.ids = journal
         return progress
 
     @abstractmethod
@@ -196,8 +198,8 @@ class Output(ABC):
         """Close what is open; safe to call when opening failed half way."""
 
 
-class _DeskIds:
-    """The journal's index of ids, asked on the desk."""
+class _OnDesk:
+    """What the journal knows of ids and states, asked on the desk."""
 
     def __init__(self, desk: Desk, journal: Journal) -> None:
         self._desk = desk
@@ -206,3 +208,7 @@ class _DeskIds:
     async def look_up(self, keys: list[str]) -> list[Known]:
         known: list[Known] = await self._desk.call(self._journal.look_up, keys)
         return known
+
+    async def load_states(self, stage: str, keys: list[str]) -> dict[str, bytes]:
+        states: dict[str, bytes] = await self._desk.call(self._journal.load_states, stage, keys)
+        return states

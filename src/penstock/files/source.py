@@ -84,9 +84,6 @@ class FileSource(ABC):
     async def give_back(self, positions: Positions, delay: float = 0, reason: str | None = None) -> None:
         return
 
-    async def dead(self, positions: Positions, reason: str) -> None:
-        return
-
     def joins(self, sink: Any) -> bool:
         return False
 

@@ -12,11 +12,13 @@ from penstock.flow.chain import ChainSegment
 from penstock.flow.channel import Channel
 from penstock.flow.failing import Policy, Tries
 from penstock.flow.meter import SegmentMeter, StageMeter
-from penstock.flow.plan import Plan, Segment
+from penstock.flow.plan import Plan, Segment, stage_takes
+from penstock.flow.progress import Progress
 from penstock.flow.report import ErrorLog
 from penstock.flow.segment import Host, Runner
 from penstock.flow.shaping import TakeRunner, UnbatchRunner
-from penstock.flow.stage import Batch, MapBatches, Take, Work
+from penstock.flow.stage import Batch, MapBatches, MapState, Take, Work
+from penstock.flow.state import StateRunner
 from penstock.place.base import SPREAD, STREAM, Pool
 from penstock.place.loop import LoopPool
 
@@ -37,16 +39,18 @@ class Built:
 
 
 def build_segments(
-    host: Host, plan: Plan, outlet: Channel, errors: ErrorLog, left: Mapping[int, int], *, inline: bool
+    host: Host, plan: Plan, outlet: Channel, errors: ErrorLog, progress: Progress, reading: Any, *, inline: bool
 ) -> Built:
     """Make the segments of ``plan``, the last of which puts into ``outlet``.
 
-    ``left``: how many items each ``take`` stage, by number, still lets pass. ``inline``: no threads or processes.
+    ``progress``: what earlier runs did. ``reading``: of a subscription, or None. ``inline``: no threads or processes.
     """
     if not plan.segments:
         return Built(outlet)
     channels = [Channel(_capacity(segment), host.clock if _timed(segment) else None) for segment in plan.segments]
     built = Built(channels[0])
+    left = progress.left(stage_takes(plan))
+    kept = {"states": progress.states, "key_of": None if reading is None else reading.key_of}
     for segment, source, sink in zip(plan.segments, channels, [*channels[1:], outlet], strict=True):
         meters = [
             StageMeter(name, segment.place if isinstance(stage, Work) else "loop", segment.ceiling)
@@ -54,7 +58,7 @@ def build_segments(
         ]
         meter = SegmentMeter(meters, segment.ceiling, host.clock())
         built.meters.append(meter)
-        built.segments.append(_make(host, plan, segment, source, sink, meter, errors, left, built, inline))
+        built.segments.append(_make(host, plan, segment, source, sink, meter, errors, left, kept, built, inline))
     return built
 
 
@@ -67,6 +71,7 @@ def _make(
     meter: SegmentMeter,
     errors: ErrorLog,
     left: Mapping[int, int],
+    kept: dict[str, Any],
     built: Built,
     inline: bool,
 ) -> Runner:
@@ -76,6 +81,9 @@ def _make(
         return BatchRunner(*ends, size=stage.size, max_wait=stage.max_wait)
     if isinstance(stage, Take):
         return TakeRunner(*ends, number=segment.numbers[0], left=left.get(segment.numbers[0], stage.count))
+    if isinstance(stage, MapState):
+        policy = Policy(segment.names[0], meter.first, errors, on_error=stage.on_error)
+        return StateRunner(*ends, stage=stage, policy=policy, **kept)
     if not isinstance(stage, Work):
         return UnbatchRunner(*ends, policy=Policy(segment.names[0], meter.first, errors, on_error=plan.read_on_error))
     tries: Tries = {}

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from penstock.errors import OutputRejected
 from penstock.flow.channel import Channel
-from penstock.flow.contract import Delta, Origin, Sink, Source
+from penstock.flow.contract import Delta, Origin, Reading, Sink, Source
 from penstock.flow.failing import DEAD_LETTER, RAISE, Policy
 from penstock.flow.ledger import DEAD, SKIPPED
 from penstock.flow.meter import BUSY, WAITING_INPUT, SegmentMeter
@@ -66,7 +66,10 @@ def cancel_once(task: asyncio.Task[None]) -> None:
 
 
 class Committer:
-    """Takes from ``channel`` until it has ended; ``first`` is merged into the first commit."""
+    """Takes from ``channel`` until it has ended; ``first`` is merged into the first commit.
+
+    ``reading``: ``source``, if that is the reading of a subscription.
+    """
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class Committer:
         policy: Policy,
         meter: SegmentMeter,
         first: Delta,
+        reading: Reading[Any] | None = None,
     ) -> None:
         self.host = host
         self.ledger = host.ledger
@@ -88,7 +92,7 @@ class Committer:
         self.broken = False
         self._first: Delta | None = first
         self._joined = source.joins(sink)
-        self._reading: Any = source if hasattr(source, "dead") else None
+        self._reading = reading
         self._wanted: asyncio.Future[None] | None = None
         self._next = host.clock() + max(_FIRST_AFTER, sink.pace)
         self._recent: deque[float] = deque(maxlen=_RECENT)

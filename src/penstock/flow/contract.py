@@ -118,8 +118,9 @@ class Delta:
     in ``settled`` and ``children``; ``digests`` that of the rows in ``children``, by key. ``taken`` and
     ``counts`` are amounts to add. ``dead``: letters to keep, one a source item (a later one replaces an earlier
     one at the same position or key); that of an unfinished item comes with the fate, and not again when it
-    settles. ``snapshot``, ``plan``, ``report``: to be stored if not None. ``finished``: the source ended and everything
-    is settled.
+    settles. ``states``: of each (stage, partition, key) of a ``map_state``, the state after the last item that left.
+    ``snapshot``, ``plan``, ``report``: to be stored if not None. ``finished``: the source ended and everything is
+    settled.
     """
 
     settled: Positions = field(default_factory=Positions)
@@ -130,6 +131,7 @@ class Delta:
     taken: dict[int, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     dead: list[Failed] = field(default_factory=list)
+    states: dict[tuple[str, str, str], bytes] = field(default_factory=dict)
     snapshot: Any = None
     plan: str | None = None
     report: dict[str, Any] | None = None

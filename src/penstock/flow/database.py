@@ -33,9 +33,10 @@ CREATE TABLE {counts}(name TEXT PRIMARY KEY, amount INTEGER) WITHOUT ROWID;
 CREATE TABLE {ids}(key TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE {dead}(letter INTEGER PRIMARY KEY AUTOINCREMENT, slot TEXT UNIQUE, partition TEXT, place INTEGER,
     item BLOB, stage TEXT, reason TEXT, error TEXT, attempts INTEGER, time REAL);
+CREATE TABLE {states}(stage TEXT, key TEXT, value BLOB, PRIMARY KEY(stage, key)) WITHOUT ROWID;
 CREATE TABLE {runs}(run INTEGER PRIMARY KEY AUTOINCREMENT, time REAL, report BLOB);
 """
-_NAMES = ("meta", "progress", "children", "unfinished", "taken", "counts", "ids", "dead", "runs")
+_NAMES = ("meta", "progress", "children", "unfinished", "taken", "counts", "ids", "dead", "states", "runs")
 
 
 class Tables:
@@ -49,6 +50,7 @@ class Tables:
     counts: str
     ids: str
     dead: str
+    states: str
     runs: str
     met: str
     """The keys that this run has met: a temporary table."""

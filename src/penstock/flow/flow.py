@@ -31,6 +31,7 @@ from penstock.flow.stage import (
     check_flow,
     check_to,
     check_wait,
+    make_map_state,
     make_options,
     positive,
 )
@@ -338,6 +339,27 @@ class Flow(Generic[T]):
         [1, 2, 3]
         """
         return self._then(Unbatch())
+
+    def map_state(
+        self,
+        function: Callable[[Any, T], tuple[Any, U]] | Callable[[Any, T], Awaitable[tuple[Any, U]]],
+        *,
+        key: Callable[[T], Any] | None = None,
+        initial: Any = None,
+        name: str | None = None,
+        on_error: OnError | None = None,
+    ) -> Flow[U]:
+        """Call ``function(state, item)`` for one item after the other; it returns (the key's new state, an output).
+
+        ``key``: of an item; by default the event's over a topic, elsewhere there is one state. ``initial``: a key's
+        first state. States are JSON or can be pickled; they count with the output, in its journal or the log. An
+        update stays if its item dies later. Raises PlanError.
+
+        >>> import penstock as ps
+        >>> ps.Flow("abca").map_state(lambda n, x: (n + 1, (x, n)), key=str, initial=0).collect_sync()
+        [('a', 0), ('b', 0), ('c', 0), ('a', 1)]
+        """
+        return self._then(make_map_state(function, key, initial, name, on_error, self.defaults))
 
     def take(self, count: int) -> Flow[T]:
         """Let the first ``count`` items pass; what was taken beyond them is released, and the run ends.

@@ -145,6 +145,10 @@ class Journal:
                 self._apply_redone(delta)
             else:
                 self._apply(delta)
+            self.connection.executemany(
+                f"INSERT OR REPLACE INTO {self._tables.states} VALUES (?, ?, ?)",
+                [(stage, key, value) for (stage, _, key), value in delta.states.items()],
+            )
             if delta.report is not None:
                 self._keep_report(delta.report)
             if state is not None:
@@ -169,6 +173,13 @@ class Journal:
                     self._recall(known)
                 found.append(known)
         return found
+
+    def load_states(self, stage: str, keys: list[str]) -> dict[str, bytes]:
+        """The states of these keys that earlier commits left, of a ``map_state``."""
+        query = f"SELECT value FROM {self._tables.states} WHERE stage = ? AND key = ?"
+        with reported(self.path):
+            found = {key: self.connection.execute(query, (stage, key)).get for key in keys}
+        return {key: value for key, value in found.items() if value is not None}
 
     def close(self, *, clean: bool) -> None:
         """Close the file; ``clean``: the output holds nothing but what is counted. Safe to call twice."""
@@ -215,7 +226,15 @@ class Journal:
         tables = self._tables
         execute = self.connection.execute
         if not (job.replayable or job.by_id):
-            for table in (tables.progress, tables.children, tables.unfinished, tables.taken, tables.counts, tables.ids):
+            for table in (
+                tables.progress,
+                tables.children,
+                tables.unfinished,
+                tables.taken,
+                tables.counts,
+                tables.ids,
+                tables.states,
+            ):
                 execute(f"DELETE FROM {table}")
             # The letters stay, but later ones at the same positions are of other items.
             execute(f"UPDATE {tables.dead} SET slot = NULL")

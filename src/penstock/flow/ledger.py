@@ -19,7 +19,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from penstock.flow.contract import Delta, Failed
-from penstock.flow.origin import FILTERED, Child, Family, Passed, Stream, family_of, has_passed, positions_of
+from penstock.flow.origin import (
+    FILTERED,
+    Child,
+    Family,
+    Lane,
+    Passed,
+    Stated,
+    Stream,
+    family_of,
+    has_passed,
+    positions_of,
+    stated_of,
+)
 from penstock.flow.progress import Intervals, Position, Positions
 from penstock.flow.redact import redact
 from penstock.place.base import Task
@@ -58,6 +70,8 @@ class Ledger:
         self.keys: dict[Position, str] = {}
         self.digests: dict[Position, bytes] = {}
         self.known: dict[Position, tuple[Intervals, int]] = {}
+        self.lanes: dict[tuple[str, str, str], Lane] = {}
+        self.forgets = False  # states are kept by the sink: what is committed and at rest can be read again
         self.changed: Callable[[], None] = lambda: None
         self.freed: Callable[[], None] = lambda: None
         self.on_left: Callable[[], None] | None = None  # set while somebody waits for it: settling is nobody's call
@@ -171,6 +185,11 @@ class Ledger:
             if family is not None:
                 family.admitted[number] -= 1
             self.settle(origin.origin, fate, failed)
+        elif isinstance(origin, Stated):
+            if origin.left:
+                self.settle(origin.origin, fate, failed)
+            else:
+                self._in_its_turn(origin, lambda: self.settle(origin.origin, fate, failed))
         elif isinstance(origin, Family):
             if not origin.pending:  # complete, and written or refused by now
                 self._end_family(origin, fate, failed)
@@ -200,7 +219,28 @@ class Ledger:
                 family.outputs.append(task.value)
                 self.settle(origin, DELIVERED)
             else:
-                entries.append((origin, (task.value,)))
+                self._enter(origin, (task.value,))
+
+    def _enter(self, origin: Any, values: Sequence[Any]) -> None:
+        """These outputs are to be written, after those that changed the same state before."""
+        stated = stated_of(origin)
+        if stated is None or stated.left:
+            self.entries.append((origin, values))
+        else:
+            self._in_its_turn(stated, lambda: self.entries.append((origin, values)))
+
+    def _in_its_turn(self, stated: Stated, leave: Callable[[], None]) -> None:
+        """Leave once all that changed the same state before have left; the state after it is then to be committed."""
+        stated.leave = leave
+        lane = stated.lane
+        while lane.entries and lane.entries[0].leave is not None:
+            first = lane.entries.popleft()
+            first.left, doing, first.leave = True, first.leave, None
+            lane.dirty = True
+            self.delta.states[lane.stage, lane.partition, lane.key] = first.packed
+            if doing is not None:
+                doing()
+        self.changed()
 
     def delivered(self, entries: Sequence[tuple[Any, Sequence[Any]]]) -> None:
         """These entries were written (or handed to the caller)."""
@@ -255,7 +295,7 @@ class Ledger:
         self.expanded -= family.total
         outer = family_of(family.root)
         if outer is None and family.fate == DELIVERED and self.holds:
-            self.entries.append((family, family.outputs))
+            self._enter(family, family.outputs)
             self.changed()
         else:
             if outer is not None and family.fate == DELIVERED:
@@ -345,6 +385,12 @@ class Ledger:
             self.fates[fate] += delta.counts.get(name, 0)
             self.open -= delta.counts.get(name, 0)
         self.settled_positions.update(delta.settled)
+        for known in delta.states:
+            lane = self.lanes.get(known)
+            if lane is not None:
+                lane.dirty = known in self.delta.states
+                if self.forgets and not (lane.entries or lane.dirty):
+                    del self.lanes[known]
         if fenced:
             self.fates[DELIVERED] -= len(fenced)
             self.released += len(fenced)

@@ -4,20 +4,34 @@
 - ``Family``: an output of a whole ``flat_map`` (or ``unbatch``);
 - ``Child``: an output of ``flat_map(whole=False)``;
 - ``Merged``: a list made by ``batch``;
+- ``Stated``: any of these, after a ``map_state``;
 - ``Passed``: any of these, after a ``take``.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from penstock.flow.contract import Failed
 from penstock.flow.progress import Intervals, Position
 from penstock.place.base import Task
 
-__all__ = ["FILTERED", "Child", "Family", "Merged", "Passed", "Stream", "family_of", "has_passed", "positions_of"]
+__all__ = [
+    "FILTERED",
+    "Child",
+    "Family",
+    "Lane",
+    "Merged",
+    "Passed",
+    "Stated",
+    "Stream",
+    "family_of",
+    "has_passed",
+    "positions_of",
+    "stated_of",
+]
 
 FILTERED = 0
 """The least of the fates that an item may have."""
@@ -104,6 +118,40 @@ class Merged:
         self.members = members
 
 
+class Lane:
+    """The state of one key at one ``map_state``, and the items that have changed it and not left, in their order.
+
+    ``value``: after the last of them; ``packed``: the same as bytes. ``dirty``: it changed since the last commit.
+    """
+
+    __slots__ = ("dirty", "entries", "key", "packed", "partition", "stage", "value")
+
+    def __init__(self, stage: str, partition: str, key: str, value: Any, packed: bytes) -> None:
+        self.stage = stage
+        self.partition = partition
+        self.key = key
+        self.value = value
+        self.packed = packed
+        self.entries: deque[Stated] = deque()
+        self.dirty = False
+
+
+class Stated:
+    """An origin that has changed the state of a key: it leaves after those that changed it before.
+
+    ``packed``: the state after it. ``leave``: what is to be done with it once its turn has come. ``left``: it has.
+    """
+
+    __slots__ = ("lane", "leave", "left", "origin", "packed")
+
+    def __init__(self, origin: Any, lane: Lane, packed: bytes) -> None:
+        self.origin = origin
+        self.lane = lane
+        self.packed = packed
+        self.leave: Callable[[], None] | None = None
+        self.left = False
+
+
 class Passed:
     """An origin that was counted by the ``take`` stage of this number."""
 
@@ -116,15 +164,22 @@ class Passed:
 
 def family_of(origin: Any) -> Family | None:
     """The family whose output this is, whatever ``take`` it passed."""
-    while isinstance(origin, Passed):
+    while isinstance(origin, (Passed, Stated)):
         origin = origin.origin
     return origin if isinstance(origin, Family) else None
 
 
+def stated_of(origin: Any) -> Stated | None:
+    """What has changed a state and is to leave in its turn, if this origin, or what was expanded into it, has."""
+    while isinstance(origin, (Passed, Family)):
+        origin = origin.origin if isinstance(origin, Passed) else origin.root
+    return origin if isinstance(origin, Stated) else None
+
+
 def has_passed(origin: Any, number: int) -> bool:
     """Whether what this came of has passed the ``take`` of this number."""
-    while isinstance(origin, Passed):
-        if origin.number == number:
+    while isinstance(origin, (Passed, Stated)):
+        if isinstance(origin, Passed) and origin.number == number:
             return True
         origin = origin.origin
     if isinstance(origin, Merged):
@@ -138,7 +193,7 @@ def positions_of(origin: Any) -> tuple[Position, ...]:
         return (origin,)
     if isinstance(origin, Merged):
         return tuple(position for member in origin.members for position in positions_of(member))
-    if isinstance(origin, Passed):
+    if isinstance(origin, (Passed, Stated)):
         return positions_of(origin.origin)
     if isinstance(origin, Child):
         return (origin.stream.position,)

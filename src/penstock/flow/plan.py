@@ -19,6 +19,7 @@ from penstock.flow.stage import (
     Filter,
     FlatMap,
     MapBatches,
+    MapState,
     Stage,
     Take,
     Unbatch,
@@ -107,7 +108,7 @@ class Plan:
         """Whether the source's item must be kept until it is settled, for the dead letters."""
         return self.read_on_error == "dead_letter" or "dead_letter" in (
             self.sink_on_error,
-            *(work.options.on_error for segment in self.segments for work in segment.works),
+            *(_on_error(stage) for segment in self.segments for stage in segment.stages),
         )
 
     @property
@@ -165,6 +166,13 @@ class Plan:
         return "\n".join(lines)
 
 
+def _on_error(stage: Stage) -> str:
+    """What the stage itself does with what it gives up."""
+    if isinstance(stage, MapState):
+        return stage.on_error
+    return stage.options.on_error if isinstance(stage, Work) else "raise"
+
+
 def _placement(segment: Segment) -> str:
     if not segment.works:
         return "between workers"
@@ -192,6 +200,7 @@ def make_plan(flow: Flow[Any], job: Job | None) -> Plan:
     sink = job.sink if job is not None else None
     segments = _segments(flow.stages)
     _check_expansions(flow.stages)
+    _check_states(flow, sink)
     read_on_error = flow.defaults.get("on_error", "raise")
     sink_on_error = job.on_error if job is not None else "raise"
     exactly_once, guarantee = _guarantee(flow, sink)
@@ -322,8 +331,34 @@ def _check_expansions(stages: Sequence[Stage]) -> None:
             whole = "unbatch()"
 
 
+def _check_states(flow: Flow[Any], sink: Sink[Any] | None) -> None:
+    """What would make a state count apart from its item, or let two processes change one state."""
+    expanded = stated = None
+    for stage in flow.stages:
+        if isinstance(stage, MapState):
+            if expanded is not None:
+                raise PlanError(
+                    f"map_state({stage.name}) comes after {expanded}, whose outputs count together or not at all",
+                    "Put it before, or use flat_map(..., whole=False)",
+                )
+            stated = f"map_state({stage.name})"
+            subscribed: Any = flow.source
+            if stage.key is not None and is_subscribed(subscribed) and not subscribed.is_alone(sink):
+                raise PlanError(
+                    f"{stated} has a key= of its own, and others may read the group",
+                    "Leave key= out to use the events' keys, or give flow(..., exclusive=True)",
+                )
+        elif isinstance(stage, Batch) and stated is not None:
+            raise PlanError(
+                f"batch({stage.size}) comes after {stated}: items of a key would wait for each other in two batches",
+                "Use map_batches, which leaves items single, or put batch before",
+            )
+        elif isinstance(stage, (Unbatch, Batch)) or (isinstance(stage, FlatMap) and stage.whole):
+            expanded = f"{stage.verb}()" if not isinstance(stage, FlatMap) else f"flat_map({stage.name})"
+
+
 def _check_dead_letters(flow: Flow[Any], sink: Sink[Any] | None, read_on_error: str, sink_on_error: str) -> None:
-    asked = [stage.name for stage in flow.stages if isinstance(stage, Work) and stage.options.on_error == "dead_letter"]
+    asked = [stage.name for stage in flow.stages if _on_error(stage) == "dead_letter"]
     if read_on_error == "dead_letter":
         asked.append("read")
     if sink_on_error == "dead_letter":

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["IdIndex", "Intervals", "Known", "Position", "Positions", "Progress"]
+__all__ = ["IdIndex", "Intervals", "Known", "Position", "Positions", "Progress", "StateIndex"]
 
 Position = tuple[str, int]
 """(partition, index): where a source item stands. The index counts 0, 1, 2 … within its partition (a file's path)."""
@@ -182,6 +182,13 @@ class IdIndex(Protocol):
         """What is known of each key, in order; remembers on disk that this run met them."""
 
 
+class StateIndex(Protocol):
+    """The states of keys that earlier commits left, as a sink keeps them."""
+
+    async def load_states(self, stage: str, keys: list[str]) -> dict[str, bytes]:
+        """Those that there are of a ``map_state``."""
+
+
 @dataclass(slots=True)
 class Progress:
     """What earlier runs of a job committed: the answer of ``Sink.open``.
@@ -191,7 +198,7 @@ class Progress:
     each ``take`` stage, by the stage's number. ``counts``: delivered, filtered, skipped, dead so far. ``snapshot`` and
     ``plan``: what the source and the plan were like. ``finished``: the source ended, and all that was in it is settled
     (what a ``take`` left isn't). ``ids``: the index under ``id=``, in which case ``settled`` and ``children`` stay
-    empty.
+    empty. ``states``: where the states of ``map_state`` are, if they are kept.
     """
 
     settled: Positions = field(default_factory=Positions)
@@ -203,6 +210,7 @@ class Progress:
     plan: str | None = None
     finished: bool = False
     ids: IdIndex | None = None
+    states: StateIndex | None = field(default=None, compare=False)
 
     def left(self, takes: dict[int, int]) -> dict[int, int]:
         """How many items each of these ``take`` stages may still let pass, both by the stage's number."""

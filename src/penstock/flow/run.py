@@ -308,7 +308,7 @@ class Run:
             progress = await sink.open(job)
             self._earlier = dict(progress.counts)
             self._committer = Committer(
-                self, sink, source, sink_channel, policy, segment_meter, first
+                self, sink, source, sink_channel, policy, segment_meter, first, self._reading_of
             )  # from here on the sink is closed by the shutdown
             if await self._nothing_to_do(progress, first):
                 return None
@@ -356,8 +356,9 @@ class Run:
             on_error=self.plan.read_on_error,
             max_failures=self.plan.read_max_failures,
         )
-        left = progress.left(stage_takes(self.plan))
-        built = build_segments(self, self.plan, self.outlet, self.errors, left, inline=self._inline)
+        built = build_segments(
+            self, self.plan, self.outlet, self.errors, progress, self._reading_of, inline=self._inline
+        )
         self.inlet = built.inlet
         self.segments = built.segments
         self._pools = built.pools

@@ -26,6 +26,7 @@ __all__ = [
     "FlatMap",
     "Map",
     "MapBatches",
+    "MapState",
     "OnError",
     "Options",
     "SinkOnError",
@@ -40,6 +41,7 @@ __all__ = [
     "code_digest",
     "describe",
     "function_name",
+    "make_map_state",
     "make_options",
     "pacing",
     "positive",
@@ -187,7 +189,23 @@ class Take:
     verb = "take"
 
 
-Stage = Work | Batch | Unbatch | Take
+@dataclass(frozen=True, slots=True)
+class MapState:
+    """Calls ``function(state, item)``, which returns the new state of the item's key and an output.
+
+    ``key``: a function of an item, or None: the event's key over a topic, elsewhere one state for all.
+    """
+
+    function: Any
+    name: str
+    key: Callable[[Any], Any] | None
+    initial: Any
+    on_error: str
+
+    verb = "map_state"
+
+
+Stage = Work | Batch | Unbatch | Take | MapState
 
 
 def positive(value: Any, what: str, *, least: int = 1) -> int:
@@ -238,6 +256,21 @@ def _own(function: Any) -> Any:
     while isinstance(function, partial):
         function = function.func
     return function
+
+
+def make_map_state(
+    function: Any, key: Any, initial: Any, name: str | None, on_error: Any, defaults: dict[str, Any]
+) -> MapState:
+    """The stage of ``map_state``. Raises PlanError."""
+    if not callable(function):
+        raise PlanError(f"map_state({function!r})", "Give a function of a state and an item")
+    if key is not None and not callable(key):
+        raise PlanError(f"map_state(key={key!r})", "Give a function of an item")
+    _check_name(name, "map_state(name")
+    policy = on_error or defaults.get("on_error", "raise")
+    if policy not in _ON_ERROR:
+        raise PlanError(f"map_state(on_error={on_error!r})", f"Give one of {', '.join(map(repr, _ON_ERROR))}")
+    return MapState(function, name or function_name(function), key, initial, policy)
 
 
 def make_options(
@@ -373,6 +406,9 @@ def describe(stage: Stage) -> str:
         return f"batch({stage.size})" + (f" max_wait={stage.max_wait:g}" if stage.max_wait is not None else "")
     if isinstance(stage, Take):
         return f"take({stage.count})"
+    if isinstance(stage, MapState):
+        key = "" if stage.key is None else f" key={_words(stage.key)}"
+        return f"map_state({stage.name}){key}"
     return "unbatch()"
 
 
@@ -386,7 +422,7 @@ def pacing(options: Options) -> str:
 
 def code_digest(stage: Stage) -> str:
     """Changes when the stage's own function changes: its byte code, so far as it can be seen."""
-    if not isinstance(stage, Work):
+    if not isinstance(stage, (Work, MapState)):
         return ""
     function = _own(stage.function)
     kind = function if inspect.isclass(function) else type(function)

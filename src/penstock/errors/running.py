@@ -1,64 +1,28 @@
-"""Every exception of penstock: one base, flat, each with its fields and its own message.
-
-Each class stores what it was given as attributes and in ``args``, so that it survives pickling between
-processes, and builds its sentence in ``__str__``: what was given, what was expected, what to do next.
-What a user's own function raises is never wrapped: it arrives as itself, with notes.
-"""
+"""What goes wrong with flows and their running."""
 
 from __future__ import annotations
 
-from typing import Any
+from penstock.errors.base import PenstockError
 
 __all__ = [
     "AbandonedThreads",
     "BatchMismatch",
-    "CannotEncode",
     "CannotSend",
     "Closed",
     "Deadlock",
-    "DecodeError",
     "ExpansionTooLarge",
     "FailureBudgetExceeded",
-    "FetchError",
-    "ForeignOutput",
-    "GroupInUse",
-    "IdError",
-    "JournalError",
-    "LeaseLost",
-    "LogError",
     "MissingDependency",
     "MissingInput",
-    "OutputInUse",
-    "OutputRejected",
     "Overloaded",
-    "PayloadTooLarge",
-    "PenstockError",
     "PlanError",
-    "ResumeMismatch",
     "SourceExhausted",
     "StageTimeout",
     "StrayException",
     "Throttled",
-    "Unsupported",
     "WorkerDied",
-    "WriteFailed",
     "WrongLoop",
 ]
-
-
-class PenstockError(Exception):
-    """The base of every exception that penstock itself raises.
-
-    >>> import penstock as ps
-    >>> try:
-    ...     ps.Flow(5)
-    ... except ps.errors.PenstockError as error:
-    ...     print(type(error).__name__)
-    PlanError
-    """
-
-    stops_run = False
-    """Whether every other item would meet the same, so that the run ends whatever ``on_error`` says."""
 
 
 class PlanError(PenstockError, ValueError):
@@ -324,243 +288,3 @@ class Deadlock(PenstockError, RuntimeError):
             f"nothing can ever happen again: no timer, thread, process or socket is left to wake {waiting}. "
             "Look for a future that nobody sets, a lock that nobody releases or a queue that nobody fills"
         )
-
-
-class ResumeMismatch(PenstockError, RuntimeError):
-    """The output holds the progress of another input or job: going on would lose or double items."""
-
-    def __init__(self, output: str, reason: str) -> None:
-        super().__init__(output, reason)
-        self.output = output
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return (
-            f"{self.output}: {self.reason}. Run with fresh=True (--fresh) to start over and overwrite the "
-            "output, or write to another output"
-        )
-
-
-class OutputInUse(PenstockError, RuntimeError):
-    """Another job writes ``path`` right now, in this process or another."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
-
-    def __str__(self) -> str:
-        return f"{self.path} is being written by another job. Wait for it to end, or write to another output"
-
-
-class ForeignOutput(PenstockError, RuntimeError):
-    """The output at ``path`` isn't what its journal, or the lack of one, says; it is left untouched."""
-
-    def __init__(
-        self,
-        path: str,
-        reason: str,
-        remedy: str = "What it didn't write penstock never cuts: move it away (with its journal, if it has one), write "
-        "to another output, or run with fresh=True (--fresh) to overwrite it",
-    ) -> None:
-        super().__init__(path, reason, remedy)
-        self.path = path
-        self.reason = reason
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"{self.path} {self.reason}. {self.remedy}"
-
-
-class JournalError(PenstockError, RuntimeError):
-    """The journal at ``path`` can't be used: corrupt, unreadable, from a newer version, or no journal at all."""
-
-    def __init__(
-        self,
-        path: str,
-        reason: str,
-        remedy: str = "Restore it from a copy, or run with fresh=True (--fresh) to start over",
-    ) -> None:
-        super().__init__(path, reason, remedy)
-        self.path = path
-        self.reason = reason
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"the journal {self.path} can't be used: {self.reason}. {self.remedy}"
-
-
-class DecodeError(PenstockError, ValueError):
-    """What stands at ``path``, ``line`` (from 1) can't be read: ``reason``."""
-
-    def __init__(self, path: str, line: int, reason: str) -> None:
-        super().__init__(path, line, reason)
-        self.path = path
-        self.line = line
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}, line {self.line}: {self.reason}"
-
-
-class CannotEncode(PenstockError, TypeError):
-    """A value of type ``type_name`` can't be written to ``target``: ``reason``."""
-
-    def __init__(self, target: str, type_name: str, reason: str) -> None:
-        super().__init__(target, type_name, reason)
-        self.target = target
-        self.type_name = type_name
-        self.reason = reason
-
-    def __str__(self) -> str:
-        article = "an" if self.type_name[:1].lower() in "aeiou" else "a"
-        return f"{article} {self.type_name} can't be written to {self.target}: {self.reason}"
-
-
-class IdError(PenstockError, ValueError):
-    """An item's ``id=`` is missing, null or repeated: ``reason``."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.reason}. With id= every item needs an id of its own"
-
-
-class WriteFailed(PenstockError, OSError):
-    """Writing ``path`` failed (a full disk, no permission). What was committed before is safe."""
-
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        remedy = "Make space, give permission, or whatever it needs, and run again: it goes on"
-        return f"{self.path} can't be written: {self.reason}. {remedy}"
-
-
-class OutputRejected(PenstockError, ValueError):
-    """A sink refuses some outputs of one ``write`` and has written none of that call.
-
-    ``rejected`` pairs the index in the sequence given to ``write`` with the error of that item. The run
-    applies ``on_error`` to those items and writes the others again.
-    """
-
-    def __init__(self, rejected: list[tuple[int, Exception]]) -> None:
-        super().__init__(rejected)
-        self.rejected = rejected
-
-    def __str__(self) -> str:
-        first: Any = self.rejected[0][1] if self.rejected else "none"
-        return f"{len(self.rejected)} outputs were refused; the first: {first}"
-
-
-class FetchError(PenstockError, OSError):
-    """A fetch of ``url`` failed: ``reason`` is the kind, a word of a closed set, and ``detail`` what happened.
-
-    ``reason``: ``dns connect tls timeout throttled status decode too_big blocked``. ``url`` shows no credentials.
-    ``status`` (also ``status_code``) and ``headers`` are the answer's, if there was one. ``retryable``: another attempt
-    may succeed and does no harm. ``stops_run``: every other item would fail the same way.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        reason: str,
-        detail: str = "",
-        status: int | None = None,
-        headers: dict[str, str] | None = None,
-        retryable: bool = False,
-        stops_run: bool = False,
-    ) -> None:
-        super().__init__(url, reason, detail, status, headers, retryable, stops_run)
-        self.url = url
-        self.reason = reason
-        self.detail = detail
-        self.status = status
-        self.headers = headers or {}
-        self.retryable = retryable
-        self.stops_run = stops_run
-
-    @property
-    def status_code(self) -> int | None:
-        """The status, under the name that most clients give it."""
-        return self.status
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.url}: {self.detail}"
-
-
-class LogError(PenstockError, RuntimeError):
-    """The event log at ``path`` can't be used: it is no log, is damaged, or a newer penstock wrote it.
-
-    ``reason`` says what is wrong, ``remedy`` what to do.
-    """
-
-    def __init__(self, path: str, reason: str, remedy: str) -> None:
-        super().__init__(path, reason, remedy)
-        self.path = path
-        self.reason = reason
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"{self.path} can't be used as an event log: {self.reason}. {self.remedy}"
-
-
-class GroupInUse(PenstockError, RuntimeError):
-    """A ``group`` is read by ``other``, and one of the two needs it alone."""
-
-    def __init__(self, group: str, other: str) -> None:
-        super().__init__(group, other)
-        self.group = group
-        self.other = other
-
-    def __str__(self) -> str:
-        return (
-            f"the group {self.group!r} is read by {self.other}, and exactly once into a file needs a group alone. "
-            "Stop the other, use another group, or give exclusive=False: at least once"
-        )
-
-
-class LeaseLost(PenstockError, RuntimeError):
-    """A delivery of ``group`` is no longer this reader's own: its lease ended, and it may be with another by now."""
-
-    def __init__(self, group: str) -> None:
-        super().__init__(group)
-        self.group = group
-
-    def __str__(self) -> str:
-        return (
-            f"the delivery isn't this reader's own any more: its lease in the group {self.group!r} ended, and it is "
-            "given to another. What was done for it may be done twice; a longer lease= outlasts longer standstills"
-        )
-
-
-class PayloadTooLarge(PenstockError, ValueError):
-    """An event of ``size`` bytes is more than a log takes, ``limit``."""
-
-    def __init__(self, topic: str, size: int, limit: int) -> None:
-        super().__init__(topic, size, limit)
-        self.topic = topic
-        self.size = size
-        self.limit = limit
-
-    def __str__(self) -> str:
-        return (
-            f"topic {self.topic!r}: an event of {self.size:,} bytes is over the limit of {self.limit:,}. "
-            "Publish where it lies instead, or open the log with a larger max_bytes"
-        )
-
-
-class Unsupported(PenstockError, NotImplementedError):
-    """A log was asked for what it can't do: ``what``, of ``log``, and ``remedy``."""
-
-    def __init__(self, log: str, what: str, remedy: str) -> None:
-        super().__init__(log, what, remedy)
-        self.log = log
-        self.what = what
-        self.remedy = remedy
-
-    def __str__(self) -> str:
-        return f"{self.log} has no {self.what}. {self.remedy}"
