@@ -38,6 +38,9 @@ BENCHMARKS = (
     "enrich_kills",
     "fetch_overhead",
     "limit_adaptive",
+    "events_publish",
+    "events_consume",
+    "events_idle",
 )
 STORE = HERE / "results.json"
 SHOWN = HERE / "RESULTS.md"
@@ -96,7 +99,7 @@ def ours() -> float:
 def versions() -> str:
     script = (
         "import platform, importlib.metadata as m\n"
-        "names = 'numpy uvloop aiohttp httpx ray spdl-core aiostream pypeln joblib pillow'.split()\n"
+        "names = 'numpy uvloop aiohttp httpx ray spdl-core aiostream pypeln joblib pillow apsw redis nats-py'.split()\n"
         "have = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
         "print(', '.join(['Python ' + platform.python_version()] + [f'{n} {have[n]}' for n in names if n in have]))"
     )

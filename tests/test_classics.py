@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import sys
 from pathlib import Path
@@ -42,3 +43,16 @@ def test_without_the_barrier_the_longest_chain_is_all_it_takes() -> None:
     assert before == pytest.approx(uneven.barrier)
     assert after == pytest.approx(uneven.longest_chain)
     assert after < before
+
+
+def test_a_queue_of_events_has_the_results_of_the_tutorial_and_five_at_once_take_the_time_of_one() -> None:
+    classic = load("queue_of_events")
+
+    async def timed(at_once: int) -> float:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        assert await classic.in_memory(at_once) == [f"Processed: Event {number}" for number in range(5)]
+        return loop.time() - began
+
+    assert run_virtual(timed(1)) == pytest.approx(5, abs=0.9)  # opening and committing take some real time
+    assert run_virtual(timed(5)) == pytest.approx(1, abs=0.9)

@@ -27,6 +27,16 @@ def test_enrich_pays_once_however_often_it_is_killed(tmp_path: Path) -> None:
     assert "redone: 3. run/enrich/enriched.jsonl has every row, exactly once" in said
 
 
+def test_payments_are_scored_once_whatever_is_killed(tmp_path: Path) -> None:
+    said = run(tmp_path, str(EXAMPLES / "score_events.py"), "--events", "1200", "--kill")
+    assert "1,200 payments: 1,197 scored once each, 3 in the dead letters" in said
+
+
+def test_a_queue_outlives_its_consumer(tmp_path: Path) -> None:
+    said = run(tmp_path, str(EXAMPLES / "classics" / "queue_of_events.py"), "--kill")
+    assert said.splitlines()[-5:] == [f'"Processed: Event {number}"' for number in range(5)]
+
+
 def test_enrich_undisturbed(tmp_path: Path) -> None:
     said = run(tmp_path, str(EXAMPLES / "enrich.py"), "--rows", "100")
     assert "delivered 99, dead 1" in said

@@ -54,7 +54,7 @@ def test_the_commands_exist() -> None:
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     commands = set(re.findall(r"`penstock (\w+)", README))
-    assert commands == {"run", "fetch", "dead", "torture"}
+    assert commands == {"run", "fetch", "dead", "torture", "log"}
     for command in commands:
         call = [sys.executable, "-m", "penstock.cli", command, "--help"]
         assert subprocess.run(call, capture_output=True, timeout=60).returncode == 0

@@ -90,6 +90,28 @@ async def test_topics_are_apart(log: ps.EventLog) -> None:
 
 
 @on_virtual_clock
+async def test_looking_creates_no_topic(log: ps.EventLog) -> None:
+    topic = log.topic("mistyped")
+    assert await values_of(topic) == []
+    assert await topic.groups() == []
+    assert await topic.trim(keep=0) == 0
+    assert await topic.requeue() == 0
+    assert not await topic.remove_group("g")
+    assert [letter async for letter in topic.dead()] == []
+    assert await log.topics() == []
+
+
+@on_virtual_clock
+async def test_limits_of_trim(log: ps.EventLog) -> None:
+    await log.topic("t").publish(1)
+    options: Any
+    for options in ({"keep": -1}, {"max_bytes": -1}, {"keep": "all"}, {"before": -1}, {"before": 2**63}):
+        with pytest.raises(PlanError):
+            await log.topic("t").trim(**options)
+    assert await values_of(log.topic("t")) == [1]
+
+
+@on_virtual_clock
 async def test_an_id_is_published_once(log: ps.EventLog) -> None:
     topic = log.topic("t")
     assert await topic.publish("a", id="1") == 0

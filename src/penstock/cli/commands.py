@@ -28,7 +28,22 @@ def application() -> typer.Typer:
     app.command("fetch")(_fetch)
     app.command("dead")(_dead)
     app.command("torture")(_torture)
+    app.add_typer(_log(), name="log")
     return app
+
+
+def _log() -> typer.Typer:
+    log = typer.Typer(
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        help="Look at an event log, publish to it, and trim it.",
+    )
+    log.command("topics")(_topics)
+    log.command("tail")(_tail)
+    log.command("publish")(_publish)
+    log.command("trim")(_trim)
+    return log
 
 
 def _version(asked: bool) -> None:
@@ -96,13 +111,18 @@ def _fetch(
 
 
 def _dead(
-    output: Annotated[Path, typer.Argument(help="The output of a job.")],
-    requeue: Annotated[bool, typer.Option("--requeue", help="Put the events of a log back on their topic.")] = False,
+    output: Annotated[Path, typer.Argument(help="The output of a job, or an event log.")],
+    requeue: Annotated[bool, typer.Option("--requeue", help="Deliver the events of a log again.")] = False,
+    topic: Annotated[str | None, typer.Option(help="Of a log: only those of this topic.")] = None,
+    group: Annotated[str | None, typer.Option(help="Of a log: only those of this group.")] = None,
+    position: Annotated[
+        list[int] | None, typer.Option(min=0, help="Of a log: only the event at this position; may be repeated.")
+    ] = None,
 ) -> None:
     """Show what failed for good: a table on a terminal, JSON lines otherwise."""
     from penstock.cli.dead import show_dead
 
-    raise typer.Exit(show_dead(output, requeue=requeue))
+    raise typer.Exit(show_dead(output, requeue=requeue, topic=topic, group=group, positions=position or ()))
 
 
 def _torture(
@@ -117,3 +137,64 @@ def _torture(
     from penstock.cli.torture import torture_target
 
     raise typer.Exit(torture_target(target, kills=kills, seed=seed))
+
+
+_File = Annotated[str, typer.Argument(metavar="FILE", help="The file of an event log.")]
+_Topic = Annotated[str, typer.Argument(metavar="TOPIC", help="One of its topics.")]
+
+
+def _topics(file: _File) -> None:
+    """Show the topics and their groups: tables on a terminal, JSON lines otherwise."""
+    from penstock.cli.log import show_topics
+
+    raise typer.Exit(show_topics(file))
+
+
+def _tail(
+    file: _File,
+    topic: _Topic,
+    count: Annotated[
+        int | None, typer.Option("-n", metavar="COUNT", min=0, help="How many of the last. [default: 10]")
+    ] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on with what comes, until Ctrl-C.")] = False,
+    start: Annotated[
+        str | None, typer.Option(metavar="POSITION|TIME", help="All from this position or ISO time on instead.")
+    ] = None,
+) -> None:
+    """Show the last events of a topic: a line each on a terminal, JSON lines otherwise."""
+    from penstock.cli.log import tail_topic
+
+    raise typer.Exit(tail_topic(file, topic, count=count, follow=follow, start=start))
+
+
+def _publish(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The file of an event log; made if it isn't there.")],
+    topic: Annotated[str, typer.Argument(metavar="TOPIC", help="The topic; its first event makes it.")],
+    key: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="The field with the key: events of one key stay in order.")
+    ] = None,
+    id: Annotated[
+        str | None, typer.Option("--id", metavar="FIELD", help="The field with the id: it is published once.")
+    ] = None,
+    text: Annotated[bool, typer.Option("--text", help="Each line is a string, not JSON.")] = False,
+) -> None:
+    """Publish the lines of standard input, each a JSON value, as they come."""
+    from penstock.cli.log import publish_lines
+
+    raise typer.Exit(publish_lines(file, topic, key=key, id=id, text=text))
+
+
+def _trim(
+    file: _File,
+    topic: _Topic,
+    keep: Annotated[int | None, typer.Option(metavar="N", min=0, help="This many events stay.")] = None,
+    before: Annotated[
+        str | None, typer.Option(metavar="POSITION|TIME", help="Those before this position or ISO time go.")
+    ] = None,
+    max_bytes: Annotated[int | None, typer.Option(metavar="N", min=0, help="This many bytes of payload stay.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Remove what a group still needs, too.")] = False,
+) -> None:
+    """Remove the oldest events of a topic; what a group still needs stays."""
+    from penstock.cli.log import trim_topic
+
+    raise typer.Exit(trim_topic(file, topic, keep=keep, before=before, max_bytes=max_bytes, force=force))

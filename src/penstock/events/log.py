@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
 from penstock.errors import Closed, PlanError, Unsupported
-from penstock.events.reading import TopicInfo, open_topic, topics
+from penstock.events.reading import TopicInfo, find_topic, open_topic, topics
 from penstock.events.store import MEMORY, FileStore
 from penstock.events.topic import Topic
 from penstock.events.transaction import Transaction
@@ -245,6 +245,13 @@ class EventLog:
                 return function(opened.connection, *arguments)
 
         return await opened.desk.call(call)
+
+    async def known(self, name: str) -> int | None:
+        """The number of a topic, or None if nothing was ever published to it and nobody reads it."""
+        number = self._numbers.get(name)
+        if number is None:
+            number = await self.look(find_topic, name)
+        return number
 
     async def number(self, name: str) -> int:
         """The number of a topic, which is created if it isn't there."""

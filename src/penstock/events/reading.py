@@ -12,6 +12,7 @@ __all__ = [
     "GroupInfo",
     "Stored",
     "TopicInfo",
+    "find_topic",
     "forget_group",
     "groups_of",
     "letters",
@@ -71,6 +72,12 @@ def open_topic(transaction: Transaction, name: str) -> int:
     return found
 
 
+def find_topic(connection: Any, name: str) -> int | None:
+    """The number of a topic, if it is there."""
+    found: int | None = connection.execute("SELECT topic FROM topics WHERE name = ?", (name,)).get
+    return found
+
+
 def open_group(transaction: Transaction, topic: int, name: str, start: int | str) -> int:
     """The number of a group. A new one begins at ``start``: a position, "earliest" or "latest"."""
     connection = transaction.connection
@@ -79,7 +86,7 @@ def open_group(transaction: Transaction, topic: int, name: str, start: int | str
         first, following = connection.execute("SELECT first, next FROM topics WHERE topic = ?", (topic,)).fetchone()
         at = {"earliest": first, "latest": following}.get(start, start) if isinstance(start, str) else start
         if not isinstance(at, int):
-            raise PlanError(f"start={start!r}", 'Give "earliest", "latest", a position or a datetime')
+            raise PlanError(f"start={start!r}", 'Give "earliest", "latest" or a position')
         connection.execute(
             "INSERT INTO groups(topic, name, cursor) VALUES (?, ?, ?)", (topic, name, max(first, min(at, following)))
         )

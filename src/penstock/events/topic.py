@@ -19,6 +19,7 @@ from penstock.events.reading import (
     stored,
     trim,
 )
+from penstock.events.schema import SPAN
 from penstock.events.sink import TopicSink
 from penstock.events.source import GroupSource
 from penstock.events.subscription import Subscription
@@ -126,7 +127,9 @@ class Topic(Generic[T]):
         looks at the log, so it never holds back what is written. Raises DecodeError for an event that isn't of the
         topic's type, LogError for one that was damaged, Closed. Cancelling leaves nothing.
         """
-        number = await self.log.number(self.name)
+        number = await self.log.number(self.name) if follow else await self.log.known(self.name)
+        if number is None:
+            return
         at = await self._position(number, start)
         end = None if stop is None else await self._position(number, stop)
         while end is None or at < end:
@@ -147,7 +150,7 @@ class Topic(Generic[T]):
             return 0
         if isinstance(wanted, datetime):
             return await self.log.look(seek, number, int(wanted.timestamp() * 1e6))
-        if not isinstance(wanted, int) or wanted < 0:
+        if not isinstance(wanted, int) or not 0 <= wanted < SPAN:
             raise PlanError(f"topic {self.name!r}: a position of {wanted!r}", "Give a number from 0, or a datetime")
         return wanted
 
@@ -210,7 +213,7 @@ class Topic(Generic[T]):
         the default there (False: at least once). Into a function it is at least once. The job runs until it is stopped;
         ``run(until="drained")`` ends when nothing is left.
 
-        An event whose stage fails is tried again, ``max_attempts`` times in all with a backoff from a second up, and
+        An event whose stage fails is tried again, ``max_attempts`` times in all with a backoff from 0.1 s up, and
         goes to the dead letters then, at once for a ``TypeError`` and its like; ``retry=`` and ``on_error=`` (here or
         at a stage) change that. ``lease``, ``start``: see ``subscribe``; ``name``, ``id`` and the defaults: see
         ``Flow``.
@@ -220,7 +223,7 @@ class Topic(Generic[T]):
         source = GroupSource(self, group, lease=lease, max_attempts=max_attempts, start=start, exclusive=exclusive)
         given: dict[str, Any] = {
             "on_error": "dead_letter",
-            "retry": Retry(attempts=max_attempts - 1, backoff=1.0, jitter=False),
+            "retry": Retry(attempts=max_attempts - 1, backoff=0.1, jitter=False),
         }
         given.update(defaults)
         return Flow(source, name=name, id=id, **given)
@@ -232,14 +235,16 @@ class Topic(Generic[T]):
 
     async def groups(self) -> list[GroupInfo]:
         """The groups of this topic as they stand, by name. Raises Closed, LogError."""
-        return await self.log.look(groups_of, await self.log.number(self.name))
+        number = await self.log.known(self.name)
+        return [] if number is None else await self.log.look(groups_of, number)
 
     async def remove_group(self, group: str) -> bool:
         """Forget a group that isn't used any more, with its dead letters and states; whether there was one.
 
         Until then it holds back ``trim``. Readers that it still has find their leases lost.
         """
-        return await self.log.ask(forget_group, await self.log.number(self.name), group)
+        number = await self.log.known(self.name)
+        return number is not None and await self.log.ask(forget_group, number, group)
 
     async def trim(
         self,
@@ -252,9 +257,14 @@ class Topic(Generic[T]):
         """Remove the oldest events and give their space back; how many. Each limit given counts.
 
         ``before``: a position or a time; ``keep``: this many events stay; ``max_bytes``: this much payload stays. What
-        a group still needs, a dead letter included, is never removed, unless ``force``.
+        a group still needs, a dead letter included, is never removed, unless ``force``. Raises PlanError.
         """
-        number = await self.log.number(self.name)
+        for what, value in (("keep", keep), ("max_bytes", max_bytes)):
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise PlanError(f"trim({what}={value!r})", "Give a whole number from 0")
+        number = await self.log.known(self.name)
+        if number is None:
+            return 0
         position = None if before is None else await self._position(number, before)
         return await self.log.ask(trim, number, position, keep, max_bytes, force)
 
@@ -263,7 +273,9 @@ class Topic(Generic[T]):
 
         An event that can't be decoded has its bytes as value, one that was damaged None. Raises Closed, LogError.
         """
-        number = await self.log.number(self.name)
+        number = await self.log.known(self.name)
+        if number is None:
+            return
         after = 0
         while page := await self.log.look(letters, number, group, after, _PAGE):
             for letter, name, attempts, stage, reason, error, time, one in page:
@@ -281,4 +293,5 @@ class Topic(Generic[T]):
         ``group``: only its; ``positions``: only those. Their place in the order of their keys is lost.
         """
         chosen = None if positions is None else list(positions)
-        return await self.log.ask(requeue, await self.log.number(self.name), group, chosen)
+        number = await self.log.known(self.name)
+        return 0 if number is None else await self.log.ask(requeue, number, group, chosen)

@@ -21,7 +21,18 @@ import msgspec
 
 from penstock.errors import CannotEncode, IdError, PlanError
 
-__all__ = ["converter", "decoder", "encode_json", "encode_lines", "id_key", "pack", "row_digest", "row_of", "unpack"]
+__all__ = [
+    "converter",
+    "decoder",
+    "encode_json",
+    "encode_lines",
+    "id_key",
+    "is_plain",
+    "pack",
+    "row_digest",
+    "row_of",
+    "unpack",
+]
 
 T = TypeVar("T")
 
@@ -255,7 +266,7 @@ def pack(value: Any) -> bytes:
     (1, {'a': None})
     """
     try:
-        if _is_plain(value):
+        if is_plain(value):
             return _JSON + _encoder.encode(value)
     except (ValueError, RecursionError):
         pass
@@ -285,10 +296,9 @@ def unpack(data: bytes) -> Any:
 
 
 def _pickled(value: Any) -> bytes:
-    import cloudpickle  # imported on use: few items need it
+    from penstock.place.pickling import dumps  # imported on use: few items need it
 
-    data: bytes = cloudpickle.dumps(value)
-    return data
+    return dumps(value, {})
 
 
 def _shown(value: Any) -> str:
@@ -301,7 +311,7 @@ def _shown(value: Any) -> str:
 _ATOMS = frozenset({str, int, bool, type(None)})
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether a value is made of JSON's types alone, so that decoding its JSON gives an equal one."""
     kind = type(value)
     if kind in _ATOMS:
@@ -309,7 +319,7 @@ def _is_plain(value: Any) -> bool:
     if kind is float:
         return isfinite(value)
     if kind is list:
-        return all(map(_is_plain, value))
+        return all(map(is_plain, value))
     if kind is dict:
-        return all(type(key) is str for key in value) and all(map(_is_plain, value.values()))
+        return all(type(key) is str for key in value) and all(map(is_plain, value.values()))
     return False

@@ -389,11 +389,15 @@ class Ledger:
             lane = self.lanes.get(known)
             if lane is not None:
                 lane.dirty = known in self.delta.states
-                if self.forgets and not (lane.entries or lane.dirty):
-                    del self.lanes[known]
+                self.leave_lane(lane)
         if fenced:
             self.fates[DELIVERED] -= len(fenced)
             self.released += len(fenced)
+
+    def leave_lane(self, lane: Lane) -> None:
+        """Forget a state that is at rest, if it is kept elsewhere."""
+        if self.forgets and lane.is_at_rest:
+            self.lanes.pop((lane.stage, lane.partition, lane.key), None)
 
     def unfinished(self) -> Positions:
         """The positions that were issued and aren't settled."""

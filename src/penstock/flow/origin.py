@@ -122,9 +122,10 @@ class Lane:
     """The state of one key at one ``map_state``, and the items that have changed it and not left, in their order.
 
     ``value``: after the last of them; ``packed``: the same as bytes. ``dirty``: it changed since the last commit.
+    ``users``: chunks of items that are about to change it.
     """
 
-    __slots__ = ("dirty", "entries", "key", "packed", "partition", "stage", "value")
+    __slots__ = ("dirty", "entries", "key", "packed", "partition", "stage", "users", "value")
 
     def __init__(self, stage: str, partition: str, key: str, value: Any, packed: bytes) -> None:
         self.stage = stage
@@ -134,6 +135,12 @@ class Lane:
         self.packed = packed
         self.entries: deque[Stated] = deque()
         self.dirty = False
+        self.users = 0
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether it can be read again where it is kept."""
+        return not (self.entries or self.dirty or self.users)
 
 
 class Stated:

@@ -18,13 +18,14 @@ from time import perf_counter
 from typing import Any
 
 from penstock.flow.blocking import Desk
-from penstock.flow.codec import id_key, pack, unpack
+from penstock.flow.codec import id_key
 from penstock.flow.failing import DEAD_LETTER, KEEP_IT, RAISE, Policy
 from penstock.flow.ledger import DEAD, SKIPPED
 from penstock.flow.origin import Lane, Stated, positions_of
 from penstock.flow.progress import Position, StateIndex
 from penstock.flow.segment import Runner
 from penstock.flow.stage import MapState
+from penstock.flow.statecodec import StateCodec
 from penstock.place.base import Task, is_async
 
 __all__ = ["StateRunner"]
@@ -50,7 +51,8 @@ class StateRunner(Runner):
         self._states = states
         self._key_of = key_of
         self._by_partition = key_of is not None
-        self._initial = pack(stage.initial)
+        self._codec = StateCodec(stage.function)
+        self._initial: bytes | None = None
         self._working: asyncio.Task[None] | None = None
         self._desk = Desk(f"penstock-state-{self._name}")
         self.ledger.forgets = states is not None
@@ -77,16 +79,20 @@ class StateRunner(Runner):
 
     async def _work(self, tasks: Sequence[Task]) -> None:
         found = [(task, self._key(task)) for task in tasks]
-        await self._load({key for _, key in found if isinstance(key, tuple)})
+        lanes = await self._lanes({key for _, key in found if isinstance(key, tuple)})
+        steps = [(task, key if isinstance(key, Exception) else lanes[key]) for task, key in found]
         began = perf_counter()
         if is_async(self._stage.function):
-            results = [await self._step_async(task, key) for task, key in found]
+            results = [await self._step_async(task, lane) for task, lane in steps]
         else:
-            results = await self._desk.call(lambda: [self._step(task, key) for task, key in found])
+            results = await self._desk.call(lambda: [self._step(task, lane) for task, lane in steps])
         meter = self.meter.first
         meter.calls += len(tasks)
         meter.add_sample((perf_counter() - began) / len(tasks))
         out = [task for task in map(self._ended, tasks, results) if task is not None]
+        for lane in lanes.values():
+            lane.users -= 1
+            self.ledger.leave_lane(lane)
         meter.emitted += len(out)
         if not self.stopped:
             self.sink.put(out)
@@ -109,38 +115,48 @@ class StateRunner(Runner):
             return ValueError(why)
         return partition, key
 
-    async def _load(self, keys: set[tuple[str, str]]) -> None:
-        """Bring the states that aren't here."""
-        lanes = self.ledger.lanes
-        missing = [key for key in keys if (self._name, *key) not in lanes]
-        if not missing:
-            return
+    async def _lanes(self, keys: set[tuple[str, str]]) -> dict[tuple[str, str], Lane]:
+        """The states of these keys, which stay here until they have been used."""
+        known = self.ledger.lanes
+        lanes = {key: known[self._name, *key] for key in keys if (self._name, *key) in known}
+        for lane in lanes.values():
+            lane.users += 1
+        missing = [key for key in keys if key not in lanes]
         kept: dict[str, bytes] = {}
-        if self._states is not None:
+        if missing and self._states is not None:
             kept = await self._states.load_states(self._name, sorted({key for _, key in missing}))
         for partition, key in missing:
-            packed = kept.get(key, self._initial)
-            lanes[self._name, partition, key] = Lane(self._name, partition, key, unpack(packed), packed)
+            packed = kept.get(key) or self._first()
+            lane = Lane(self._name, partition, key, self._codec.unpack(packed), packed)
+            known[self._name, partition, key] = lane
+            lane.users = 1
+            lanes[partition, key] = lane
+        return lanes
 
-    def _step(self, task: Task, key: tuple[str, str] | Exception) -> Any:
+    def _first(self) -> bytes:
+        """The first state of a key. None is one whatever the function says of its states."""
+        if self._initial is None:
+            initial = self._stage.initial
+            self._initial = StateCodec(None).pack(None) if initial is None else self._codec.pack(initial)
+        return self._initial
+
+    def _step(self, task: Task, lane: Lane | Exception) -> Any:
         """Call the function with one item; what came out, or the exception."""
-        if isinstance(key, Exception):
-            return key
-        lane = self.ledger.lanes[(self._name, *key)]
+        if isinstance(lane, Exception):
+            return lane
         try:
             return self._changed(lane, self._stage.function(lane.value, task.value))
         except Exception as error:
-            lane.value = unpack(lane.packed)  # it may have been changed half way
+            lane.value = self._codec.unpack(lane.packed)  # it may have been changed half way
             return error
 
-    async def _step_async(self, task: Task, key: tuple[str, str] | Exception) -> Any:
-        if isinstance(key, Exception):
-            return key
-        lane = self.ledger.lanes[(self._name, *key)]
+    async def _step_async(self, task: Task, lane: Lane | Exception) -> Any:
+        if isinstance(lane, Exception):
+            return lane
         try:
             return self._changed(lane, await self._stage.function(lane.value, task.value))
         except Exception as error:
-            lane.value = unpack(lane.packed)
+            lane.value = self._codec.unpack(lane.packed)
             return error
 
     def _changed(self, lane: Lane, returned: Any) -> tuple[Lane, bytes, Any]:
@@ -149,7 +165,7 @@ class StateRunner(Runner):
                 getattr(returned, "close", lambda: None)()  # a coroutine that nobody will await
             raise TypeError(f"stage {self._name!r} returned {returned!r:.60}; return (state, output)")
         lane.value, output = returned
-        lane.packed = pack(lane.value)
+        lane.packed = self._codec.pack(lane.value)
         return lane, lane.packed, output
 
     def _ended(self, task: Task, result: Any) -> Task | None:
