@@ -30,8 +30,8 @@ from penstock.errors import Closed, PlanError, Unsupported
 from penstock.events.reading import TopicInfo, find_topic, open_topic, topics
 from penstock.events.store import MEMORY, FileStore
 from penstock.events.topic import Topic
-from penstock.events.transaction import Transaction
-from penstock.events.writer import Writer
+from penstock.events.transaction import Appended, Transaction
+from penstock.events.writer import Request, Writer
 from penstock.flow.blocking import Desk
 from penstock.flow.commit import uninterrupted
 
@@ -230,6 +230,19 @@ class EventLog:
         answer: T = await self._use().writer.ask(_Asked(function, arguments, size))
         return answer
 
+    def append(self, topic: int, events: list[Appended], size: int) -> asyncio.Future[list[int]]:
+        """Have events appended to a topic; their numbers, once they are durable. Raises Closed.
+
+        What ``ask`` does, for what is done most often.
+        """
+        request = Request(_Append(topic, events, size), asyncio.get_running_loop())
+        self._use().writer.submit(request)
+        return request.answer
+
+    def number_now(self, name: str) -> int | None:
+        """The number of a topic, if it is known here already."""
+        return self._numbers.get(name)
+
     async def look(self, function: Callable[..., T], *arguments: Any) -> T:
         """Call ``function(connection, *arguments)`` to read, beside what is written."""
         opened = self._use()
@@ -259,6 +272,20 @@ class EventLog:
         if number is None:
             number = self._numbers[name] = await self.ask(open_topic, name)
         return number
+
+
+class _Append:
+    """Events to be appended, as the writer takes them."""
+
+    __slots__ = ("events", "size", "topic")
+
+    def __init__(self, topic: int, events: list[Appended], size: int) -> None:
+        self.topic = topic
+        self.events = events
+        self.size = size
+
+    def __call__(self, transaction: Transaction) -> list[int]:
+        return transaction.append(self.topic, self.events)
 
 
 class _Asked:

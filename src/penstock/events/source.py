@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from penstock.errors import DecodeError, LeaseLost, LogError, PlanError
 from penstock.events.clock import boot_time, loop_time
 from penstock.events.groups import Letter, Ranges, settle_earlier
+from penstock.events.reader import Reader
 from penstock.events.sink import JoinedSink, TopicSink
-from penstock.events.subscription import ALONE, MOST_CLAIMED, Reader
+from penstock.events.subscription import ALONE, MOST_CLAIMED
 from penstock.events.transaction import Transaction
 from penstock.flow.commit import uninterrupted
 from penstock.flow.contract import Failed, Sink, Unreadable

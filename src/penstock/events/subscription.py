@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 from penstock.errors import DecodeError, LeaseLost, LogError, PlanError
 from penstock.events.clock import boot_time, loop_time
 from penstock.events.event import Event, moment
-from penstock.events.groups import Claimed, Letter, Ranges, Row, acknowledge, bury, claim, extend, join, leave, release
-from penstock.events.reading import open_group
+from penstock.events.groups import Claimed, Letter, Row
+from penstock.events.reader import Reader
 from penstock.flow.commit import uninterrupted
 from penstock.flow.demand import Demand
 from penstock.place.loop import clock_of
@@ -36,7 +36,7 @@ from penstock.place.loop import clock_of
 if TYPE_CHECKING:
     from penstock.events.topic import Topic
 
-__all__ = ["ALONE", "MOST_CLAIMED", "Delivery", "Reader", "Subscription"]
+__all__ = ["ALONE", "MOST_CLAIMED", "Delivery", "Subscription"]
 
 T = TypeVar("T")
 
@@ -45,83 +45,6 @@ logger = logging.getLogger("penstock")
 ALONE = 1.0  # seconds that a suspect is out by itself
 MOST_CLAIMED = 1024
 _LONGEST_BACKOFF = 60.0
-
-
-class Reader:
-    """A place in a group: joins it, claims, and says what became of deliveries. ``join`` comes first."""
-
-    def __init__(
-        self,
-        topic: Topic[Any],
-        group: str,
-        *,
-        lease: float,
-        max_attempts: int,
-        start: int | str,
-        alone: bool = False,
-        what: str = "a subscription",
-    ) -> None:
-        if not isinstance(group, str) or not group or not group.isprintable():
-            raise PlanError(f"group={group!r}", "Give a name of printable characters")
-        if isinstance(lease, bool) or not isinstance(lease, (int, float)) or not 0.1 <= lease <= 86_400:
-            raise PlanError(f"lease={lease!r}", "Give seconds, from 0.1 to 86,400")
-        if not isinstance(max_attempts, int) or max_attempts < 1:
-            raise PlanError(f"max_attempts={max_attempts!r}", "Give a number from 1")
-        if not (start in ("earliest", "latest") or (isinstance(start, int) and start >= 0)):
-            raise PlanError(f"start={start!r}", 'Give "earliest", "latest" or a position')
-        self.topic = topic
-        self.group = group
-        self.lease = float(lease)
-        self.max_attempts = max_attempts
-        self.start = start
-        self.alone = alone
-        self.what = what
-        self.owner = 0
-        self.number = 0
-        self.name = (0, 0, group)
-
-    async def join(self) -> None:
-        """Become an owner of the group. Raises GroupInUse, Closed, LogError."""
-        log = self.topic.log
-        self.number = await log.number(self.topic.name)
-        group = await log.ask(open_group, self.number, self.group, self.start)
-        self.name = (group, self.number, self.group)
-        store = log.store
-        self.owner = await uninterrupted(
-            log.ask(
-                join, self.name, store.session, self.lease, self.max_attempts, self.alone, self.what, store.is_alive
-            )
-        )
-        store.keep(self.owner, self.lease)
-
-    async def claim(self, most: int, now: float) -> Claimed:
-        """Up to so many deliveries. Raises LeaseLost."""
-        log = self.topic.log
-        return await log.ask(claim, self.name, self.owner, most, now, log.store.is_alive)
-
-    async def acknowledge(self, owner: int, ranges: Ranges) -> list[int]:
-        """These are done with; returns those that weren't this owner's."""
-        return await self.topic.log.ask(acknowledge, self.name[0], self.number, owner, ranges)
-
-    async def release(self, owner: int, given: list[tuple[int, float, bool]]) -> list[int]:
-        """Give back (number, due, unused)."""
-        return await self.topic.log.ask(release, self.name[0], self.number, owner, given)
-
-    async def bury(self, owner: int, given: list[Letter]) -> list[int]:
-        """These are given up for good."""
-        return await self.topic.log.ask(bury, self.name[0], self.number, owner, given)
-
-    async def extend(self, owner: int, seconds: float) -> bool:
-        """Keep the lease for so long at least, whatever happens; False if it is lost."""
-        return await self.topic.log.ask(extend, owner, seconds)
-
-    async def leave(self) -> None:
-        """Give back what is left and stop being an owner. Safe if the log was closed meanwhile, or it never joined."""
-        log = self.topic.log
-        if self.owner and log.is_open:
-            log.store.drop(self.owner)
-            await log.ask(leave, self.name[0], self.number, self.owner)
-        self.owner = 0
 
 
 class Delivery(Generic[T]):
@@ -308,7 +231,7 @@ class Subscription(Generic[T]):
         self._suspects: dict[int, float] = {}
         self._asked = 0
         self._filling: asyncio.Task[None] | None = None
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiting: deque[asyncio.Future[None]] = deque()
         self._freed: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
         self._entered = self._over = False
@@ -323,7 +246,7 @@ class Subscription(Generic[T]):
             raise PlanError("a subscription was entered a second time", "Call topic.subscribe() again")
         self._entered = True
         self._loop = asyncio.get_running_loop()
-        self._demand = Demand(clock_of(self._loop), 1, min(self._in_flight, MOST_CLAIMED))
+        self._demand = Demand(clock_of(self._loop), 1, MOST_CLAIMED)
         try:
             await self.reader.join()
         except BaseException:
@@ -370,17 +293,25 @@ class Subscription(Generic[T]):
             if self._filling is None and not self._ready:
                 self._fill()
             waiter = self._loop.create_future()
-            self._waiting.add(waiter)
+            self._waiting.append(waiter)
             try:
                 await waiter
-            finally:
-                self._waiting.discard(waiter)
+            except asyncio.CancelledError:
+                self._wake()  # it may have been woken for what another can take
+                raise
         raise StopAsyncIteration
 
     def _wake(self) -> None:
-        for waiter in self._waiting:
+        """Wake as many as there is something for; all, if it is the end."""
+        if self._over or self._failure is not None:
+            count = len(self._waiting)
+        else:
+            count = max(1, min(len(self._ready), self._in_flight - self._out))
+        while count > 0 and self._waiting:
+            waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_result(None)
+                count -= 1
 
     # -- what deliveries say ----------------------------------------------------------------------------------------
 

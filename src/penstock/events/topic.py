@@ -23,7 +23,6 @@ from penstock.events.schema import SPAN
 from penstock.events.sink import TopicSink
 from penstock.events.source import GroupSource
 from penstock.events.subscription import Subscription
-from penstock.events.transaction import Transaction
 from penstock.flow.flow import Flow
 from penstock.flow.retry import Retry
 from penstock.flow.stage import Defaults
@@ -83,9 +82,10 @@ class Topic(Generic[T]):
         the same ``id``.
         """
         event = self.codec.pack(value, key, id, headers, at)
-        number = await self.log.number(self.name)
-        positions = await self.log.ask(Transaction.append, number, [event], size=len(event.body))
-        return positions[0]
+        number = self.log.number_now(self.name)
+        if number is None:
+            number = await self.log.number(self.name)
+        return (await self.log.append(number, [event], len(event.body)))[0]
 
     async def publish_many(
         self,
@@ -100,7 +100,7 @@ class Topic(Generic[T]):
         """
         events = [self.codec.pack(value, key and key(value), id and id(value)) for value in values]
         number = await self.log.number(self.name)
-        return await self.log.ask(Transaction.append, number, events, size=sum(len(event.body) for event in events))
+        return await self.log.append(number, events, sum(len(event.body) for event in events))
 
     def publish_sync(
         self,

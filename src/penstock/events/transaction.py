@@ -6,6 +6,7 @@ A topic's next number, its last time and its size are read once and written once
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -26,16 +27,25 @@ class Appended(NamedTuple):
     due: int | None = None
 
 
+_numbers = struct.Struct("<qqq").pack
+
+
 def _checksum(place: int, time: int, due: int | None, key: str | None, id: str | None, headers: str | None) -> int:
     """Of all of an event but its body, to be continued with that."""
-    return crc32(f"{place} {time} {due} {key} {id} {headers}".encode())
+    crc = crc32(_numbers(place, time, -1 if due is None else due))
+    if key is None and id is None and headers is None:
+        return crc
+    return crc32(f"{key!r} {id!r} {headers!r}".encode(), crc)
 
 
 def is_intact(stored: Sequence[Any]) -> bool:
     """Whether an event (place, time, due, key, id, headers, body, crc) is what was published: a bit that was flipped
     may change a value or its type."""
     *meta, body, crc = stored
-    return isinstance(body, bytes) and crc32(body, _checksum(*meta)) == crc
+    try:
+        return bool(crc32(body, _checksum(*meta)) == crc)
+    except (struct.error, TypeError):
+        return False
 
 
 class _Head:
