@@ -326,7 +326,7 @@ PROGRAM = """
 
 
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(("out", "processes"), [("topic", 1), ("topic", 3), ("out.jsonl", 1), ("out.db", 1)])
 def test_law_exactly_once_over_a_topic(out: str, processes: int, kills: int, tmp_path: Path) -> None:
     count = 400 * kills

@@ -241,5 +241,5 @@ class Machine(RuleBasedStateMachine):
             self.run(side.check())
 
 
-Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40)
+Machine.TestCase.settings = settings(max_examples=25, stateful_step_count=40)
 TestMachine = Machine.TestCase

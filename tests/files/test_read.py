@@ -427,7 +427,6 @@ def test_a_file_does_not_ask_what_became_of_its_lines() -> None:
     async def main() -> None:
         await source.settle(Positions())
         await source.give_back(Positions(), 1.0, "why")
-        await source.dead(Positions(), "why")
 
     asyncio.run(main())
     assert Path("a.txt").read_bytes() == b""

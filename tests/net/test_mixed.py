@@ -55,7 +55,7 @@ ENDS: dict[str, set[str]] = {
 }
 SLOW = {"/silent", "/stall", "/drip/3", "/drip/1000", "/unframed"}  # rarer: each jump of the clock takes real time
 NETWORKS = ["127.0.0.0/28"]
-COUNT = 1500
+COUNT = 1000
 
 
 async def unavailable(server: Hostile, request: Seen, reader: Any, writer: Any) -> bool:

@@ -421,7 +421,8 @@ def test_stream_hands_over_parts_and_waits_for_grants() -> None:
             await rig.until(lambda: len(rig.parts) == 2)
             await turns_until(lambda: not outside.count)  # the thread waits for a grant
             assert len(rig.parts) == 2
-            assert made[0] == sum(len(outputs) for _, outputs in rig.parts) + PART_SIZE
+            ahead = made[0] - sum(len(outputs) for _, outputs in rig.parts)
+            assert 0 < ahead <= PART_SIZE  # fewer, where making them took long
             assert rig.pool.in_progress == 1
             while not rig.finished:
                 before = len(rig.parts)

@@ -356,8 +356,8 @@ class Flow(Generic[T]):
         update stays if its item dies later. Raises PlanError.
 
         >>> import penstock as ps
-        >>> ps.Flow("abca").map_state(lambda n, x: (n + 1, (x, n)), key=str, initial=0).collect_sync()
-        [('a', 0), ('b', 0), ('c', 0), ('a', 1)]
+        >>> ps.Flow(["a", "b", "a"]).map_state(lambda n, x: (n + 1, (x, n)), key=str, initial=0).collect_sync()
+        [('a', 0), ('b', 0), ('a', 1)]
         """
         return self._then(make_map_state(function, key, initial, name, on_error, self.defaults))
 
