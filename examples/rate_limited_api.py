@@ -57,7 +57,10 @@ class Api:
             return web.json_response(
                 {"error": "rate_limit_exceeded"}, status=429, headers={"Retry-After": f"{wait:.3f}"}
             )
-        text = str((await request.json())["text"])
+        try:
+            text = str((await request.json())["text"])
+        except ConnectionError:  # the caller is gone
+            return web.Response(status=400)
         words = text.lower().split()
         if not words:
             return web.json_response({"error": "there is nothing to judge"}, status=422)
