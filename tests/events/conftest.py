@@ -28,5 +28,8 @@ def no_thread_left() -> Iterator[None]:
     threads = threading.enumerate()
     yield
     gc.collect()
-    left = [thread.name for thread in threading.enumerate() if thread not in threads]
-    assert [name for name in left if name != "penstock-loop" and not name.startswith("uvloop_")] == []
+    left = [thread for thread in threading.enumerate() if thread not in threads]
+    left = [thread for thread in left if thread.name != "penstock-loop" and not thread.name.startswith("uvloop_")]
+    for thread in left:
+        thread.join(5)  # it may be on its last line
+    assert [thread.name for thread in left if thread.is_alive()] == []

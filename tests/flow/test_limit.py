@@ -627,8 +627,8 @@ def test_slow_answers_and_a_quota(kind: str) -> None:
     """A language model's: ten seconds each, so that a hundred are in progress."""
     server = Quota429(kind, 600, seconds=around(10.0, 1, 0.3))
     client = Client(server, Search(most=512), Limit().pace(""))
-    simulate([client], 60 * MINUTES)
-    later = client.outcome(20 * MINUTES, 60 * MINUTES)
+    simulate([client], 30 * MINUTES)
+    later = client.outcome(20 * MINUTES, 30 * MINUTES)
     assert later.goodput >= 0.9 * 10
     assert later.wasted < 0.01
 
@@ -677,8 +677,8 @@ def test_a_slow_source_doesnt_raise_the_pace() -> None:
         client.arrivals, client.waiting = 1.0, 0
         client.arrive()
 
-    simulate([client], 60 * MINUTES, (5 * MINUTES, slower))
-    assert client.outcome(6 * MINUTES, 60 * MINUTES).goodput == pytest.approx(1.0, rel=0.02)
+    simulate([client], 30 * MINUTES, (5 * MINUTES, slower))
+    assert client.outcome(6 * MINUTES, 30 * MINUTES).goodput == pytest.approx(1.0, rel=0.02)
     assert pace.rate < 15
 
 

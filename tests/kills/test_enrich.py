@@ -102,7 +102,7 @@ def committed(output: Path) -> set[str]:
         return {key.rpartition(":")[2].strip('"') for (key,) in database.execute("SELECT key FROM ids")}
 
 
-@pytest.mark.parametrize("rows", [3000, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("rows", [2000, pytest.param(10_000, marks=pytest.mark.soak)])
 def test_no_committed_answer_is_asked_for_twice(rows: int, tmp_path: Path, api: Api) -> None:
     names = [f"r{number}" for number in range(rows)]
     (tmp_path / "rows.csv").write_text("id\n" + "\n".join(names) + "\n")

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 
 Row = dict[str, Any]
 
-ITEMS = 300
+ITEMS = 200
 SINKS = ["jsonl", "jsonl.gz", "jsonl.zst", "csv", "csv.gz", "parquet", "sqlite"]
 SOURCES = ["range", "list", "jsonl", "csv", "lines", "parquet"]
 PLACES = ["loop", "thread", "process"]
