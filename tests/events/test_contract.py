@@ -557,6 +557,32 @@ async def test_law_cancellation_in_the_block_gives_it_back(log: ps.EventLog) -> 
         assert (await anext(deliveries)).attempt == 1
 
 
+def test_law_cancellation_of_opening_and_joining_leaves_nothing(make_log: MakeLog) -> None:
+    async def cancelled(coroutine: Coroutine[Any, Any, Any], turns: int) -> bool:
+        task = asyncio.ensure_future(coroutine)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
+
+    async def main() -> None:
+        for turns in range(8):
+            log = make_log()
+            if not await cancelled(log.open(), turns):
+                await log.close()
+            assert not log.is_open
+        for turns in range(40):
+            async with make_log() as log:
+                await log.topic("t").publish(1)
+                subscription = log.topic("t").subscribe("g")
+                if not await cancelled(subscription.__aenter__(), turns):
+                    await subscription.__aexit__()
+                assert [group.readers for group in await log.topic("t").groups()] in ([], [0])
+
+    run_virtual(main())
+
+
 @on_virtual_clock
 async def test_drain_ends_the_iteration(log: ps.EventLog) -> None:
     topic = log.topic("t")

@@ -151,7 +151,11 @@ class EventLog:
         Raises LogError for a file that is no log, is damaged, or was written by a newer penstock, and WriteFailed.
         Cancelling leaves it as it was.
         """
-        await uninterrupted(asyncio.to_thread(self._open))
+        try:
+            await uninterrupted(asyncio.to_thread(self._open))
+        except asyncio.CancelledError:  # it was opened all the same
+            await self.close()
+            raise
         return self
 
     def _open(self) -> None:

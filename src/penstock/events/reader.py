@@ -60,16 +60,18 @@ class Reader:
         self.name = (0, 0, group)
 
     async def join(self) -> None:
-        """Become an owner of the group. Raises GroupInUse, Closed, LogError."""
+        """Become an owner of the group. Raises GroupInUse, Closed, LogError. Cancelled, ``leave`` undoes it."""
+        await uninterrupted(self._join())
+
+    async def _join(self) -> None:
         log = self.topic.log
         self.number = await log.number(self.topic.name)
         group = await log.ask(open_group, self.number, self.group, self.start)
         self.name = (group, self.number, self.group)
         store = log.store
-        self.owner = await uninterrupted(
-            log.ask(
-                join, self.name, store.session, self.lease, self.max_attempts, self.alone, self.what, store.is_alive
-            )
+        store.drop(self.owner)
+        self.owner = await log.ask(
+            join, self.name, store.session, self.lease, self.max_attempts, self.alone, self.what, store.is_alive
         )
         store.keep(self.owner, self.lease)
 
