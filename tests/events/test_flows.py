@@ -252,6 +252,43 @@ def test_law_cancellation_gives_back_what_was_taken(make_log: MakeLog) -> None:
     run_virtual(main())
 
 
+def test_law_exactly_once_when_the_lease_was_lost(make_log: MakeLog) -> None:
+    """What a run held that stood still is delivered again, here to itself; what it says of the old doesn't count."""
+
+    async def main() -> None:
+        async with make_log() as log:
+            source, sink = log.topic("in"), log.topic("out")
+            await source.publish_many([1, 2], key=lambda _: "k")
+            begun, go_on = asyncio.Event(), asyncio.Event()
+
+            async def slow(total: int) -> int:
+                begun.set()
+                await go_on.wait()
+                return total
+
+            def sums(state: int | None, x: int) -> tuple[int, int]:
+                return (state or 0) + x, (state or 0) + x
+
+            async with source.flow("g").map_state(sums).map(slow).to(sink).start() as run:
+                await begun.wait()
+                await log.ask(lambda transaction: transaction.connection.execute("UPDATE owners SET expires = -1"))
+                await source.publish(3, key="k")  # which wakes the run
+                for _ in range(1000):
+                    if len(run._reading_of._owners) == 2:
+                        break
+                    await asyncio.sleep(0.01)
+                go_on.set()
+                following = sink.read(follow=True)
+                assert [(await anext(following)).value for _ in range(3)] == [1, 3, 6]
+                await following.aclose()
+                run.drain()
+                report = await run.finish()
+            assert await values_of(sink) == [1, 3, 6]
+            assert (report.delivered, report.released, report.in_flight) == (3, 2, 0)
+
+    run_virtual(main())
+
+
 # -- states -----------------------------------------------------------------------------------------------------------
 
 

@@ -158,9 +158,9 @@ def claim(
     """
     number, topic, name = group
     connection = transaction.connection
+    lease_end = expire(transaction, number, topic, None)  # of this owner, too
     if connection.execute("SELECT 1 FROM owners WHERE owner = ?", (owner,)).get is None:
         raise LeaseLost(name)
-    lease_end = expire(transaction, number, topic, None)
     rows = _ready(connection, number, topic, owner, 1, now, suspect=1)
     if not rows:
         rows = _ready(connection, number, topic, owner, most, now, suspect=0)
