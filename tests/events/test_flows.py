@@ -99,6 +99,29 @@ def test_a_poison_event_stops_nothing_and_is_dead_after_its_attempts(make_log: M
     run_virtual(main())
 
 
+def fussy(x: int) -> int:
+    raise ValueError(f"never {x}")
+
+
+@pytest.mark.parametrize("place", ["thread", "process"])
+def test_a_dead_letter_has_the_traceback(place: Any, make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            source = log.topic("in")
+            await source.publish_many([1, "two"])
+            flow = log.topic("in", int).flow("g", max_attempts=1).map(fussy, place=place)
+            assert (await flow.to(log.topic("out")).run(until="drained")).dead == 2
+            letters = [letter async for letter in source.dead()]
+            raised, unread = [letter.error for letter in sorted(letters, key=lambda letter: letter.event.position)]
+            assert "Traceback (most recent call last)" in raised
+            assert 'raise ValueError(f"never {x}")' in raised
+            assert raised.endswith("ValueError: never 1")
+            assert "penstock/flow" not in raised
+            assert "Traceback" not in unread
+
+    run_virtual(main())
+
+
 def test_an_event_that_cant_be_read_is_dead(make_log: MakeLog) -> None:
     async def main() -> None:
         async with make_log() as log:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
+from msgspec.structs import astuple
+
 from penstock.errors import OutputRejected
 from penstock.flow.contract import Delta, Failed, JobId, Origin
 from penstock.flow.progress import Intervals, Position, Positions, Progress
@@ -83,7 +85,7 @@ class Recorder:
             progress.counts[name] = progress.counts.get(name, 0) + count
         for failed in delta.dead:
             assert failed.position not in self.letters
-            self.letters[failed.position] = failed
+            self.letters[failed.position] = Failed(*astuple(failed)[:6])  # as a journal keeps it: without a traceback
         if delta.snapshot is not None:
             progress.snapshot = delta.snapshot
         progress.plan = delta.plan or progress.plan

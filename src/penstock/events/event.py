@@ -37,7 +37,8 @@ class DeadLetter(msgspec.Struct, Generic[T], frozen=True):
     """An event that a group gave up.
 
     ``group``: which; ``event``: the event; ``attempts``: how often it was delivered; ``stage``: the stage of a flow
-    that failed, else empty; ``reason``: the kind of error; ``error``: its message and traceback; ``time``: when.
+    that failed, else empty; ``reason``: the kind of error; ``error``: its message, with the traceback if the function
+    raised it; ``time``: when.
     """
 
     group: str

@@ -24,7 +24,7 @@ from penstock.events.sink import JoinedSink, TopicSink
 from penstock.events.subscription import ALONE, MOST_CLAIMED
 from penstock.events.transaction import Transaction
 from penstock.flow.commit import uninterrupted
-from penstock.flow.contract import Failed, Sink, Unreadable
+from penstock.flow.contract import Failed, GivenUp, Sink, Unreadable
 from penstock.flow.demand import Demand
 from penstock.flow.progress import Position, Positions, Progress
 from penstock.place.loop import clock_of
@@ -249,7 +249,8 @@ class GroupReading:
         for failed in dead:
             partition, seq = failed.position
             attempts = max(failed.attempts, self._taken.get(failed.position, (1, None))[0])
-            letter = Letter(seq, attempts, failed.stage, failed.reason, failed.error)
+            story = failed.traceback if isinstance(failed, GivenUp) else ""
+            letter = Letter(seq, attempts, failed.stage, failed.reason, story or failed.error)
             found.append((self._owners[partition], letter))
         return found
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import traceback
 from collections import deque
 from collections.abc import AsyncIterator
 from datetime import datetime
@@ -31,6 +30,7 @@ from penstock.events.groups import Claimed, Letter, Row
 from penstock.events.reader import Reader
 from penstock.flow.commit import uninterrupted
 from penstock.flow.demand import Demand
+from penstock.flow.failing import reason_of, story_of
 from penstock.place.loop import clock_of
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ class Delivery(Generic[T]):
             exc_info=error,
         )
         if last:
-            await self.dead(type(error).__name__, "".join(traceback.format_exception(error)))
+            await self.dead(reason_of(error), story_of(error) or str(error))
         else:
             await self.retry()
 

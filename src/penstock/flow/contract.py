@@ -18,6 +18,7 @@ __all__ = [
     "SUFFIXES",
     "Delta",
     "Failed",
+    "GivenUp",
     "JobId",
     "Origin",
     "Reading",
@@ -70,6 +71,13 @@ class Failed(msgspec.Struct, frozen=True):
     reason: str
     error: str
     attempts: int = 1
+
+
+class GivenUp(Failed, frozen=True):
+    """A Failed on its way to the dead letters. ``traceback``: from where the user's code begins; empty if the error
+    wasn't raised there. A journal keeps only the message, a log both."""
+
+    traceback: str = ""
 
 
 class Results(Protocol[T_co]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from traceback import format_exception, format_exception_only
 from typing import Any, NamedTuple
 
 from penstock.errors import (
@@ -13,7 +15,7 @@ from penstock.errors import (
     Throttled,
     WorkerDied,
 )
-from penstock.flow.contract import Failed
+from penstock.flow.contract import Failed, GivenUp
 from penstock.flow.memory import position_of
 from penstock.flow.meter import StageMeter
 from penstock.flow.origin import positions_of
@@ -22,11 +24,25 @@ from penstock.flow.report import ErrorLog
 from penstock.flow.retry import Retry
 from penstock.place.base import DIED, TIMED_OUT, Task, as_failure
 
-__all__ = ["DEAD_LETTER", "KEEP_IT", "RAISE", "RETRY", "SKIP", "Policy", "Tries", "Verdict", "reason_of", "short"]
+__all__ = [
+    "DEAD_LETTER",
+    "KEEP_IT",
+    "RAISE",
+    "RETRY",
+    "SKIP",
+    "Policy",
+    "Tries",
+    "Verdict",
+    "reason_of",
+    "short",
+    "story_of",
+]
 
 RETRY, RAISE, SKIP, KEEP_IT, DEAD_LETTER = range(5)
 
 _ENDS = {"raise": RAISE, "skip": SKIP, "keep": KEEP_IT, "dead_letter": DEAD_LETTER}
+_HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_LONGEST = 8192  # characters of a traceback
 _FEWEST_TRIED = 20  # a share is judged only after so many items
 
 
@@ -65,6 +81,21 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, StrayException):
         return error.kind
     return type(error).__name__
+
+
+def story_of(error: BaseException) -> str:
+    """The traceback from where the user's code begins, and that of another process; empty if there is neither."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename.startswith(_HOUSE):
+        frames = frames.tb_next
+    if frames is None and not getattr(error, "__notes__", ()):
+        return ""
+    try:
+        lines = format_exception(type(error), error, frames) if frames else format_exception_only(error)
+    except Exception:  # a __str__ of the user's
+        return ""
+    text: str = redact("".join(lines).rstrip())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]}\n…\n{text[-_LONGEST // 2 :]}"
 
 
 def _stops_run(error: BaseException) -> bool:
@@ -140,7 +171,10 @@ class Policy:
         if exceeded is not None:
             exceeded.__cause__ = error
             return Verdict(RAISE, exceeded)
-        failed = Failed(value, position, self.stage, reason, str(error), attempts)
+        if self.end == DEAD_LETTER:
+            failed: Failed = GivenUp(value, position, self.stage, reason, str(error), attempts, story_of(error))
+        else:
+            failed = Failed(value, position, self.stage, reason, str(error), attempts)
         return Verdict(self.end, error, failed=failed)
 
     def _over_budget(self, example: str) -> FailureBudgetExceeded | None:

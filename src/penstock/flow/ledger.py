@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from msgspec.structs import replace
+
 from penstock.flow.contract import Delta, Failed
 from penstock.flow.origin import (
     FILTERED,
@@ -347,9 +349,7 @@ class Ledger:
         stream.fate = max(stream.fate, fate)
 
     def _letter(self, position: Position, item: Any, failed: Failed) -> None:
-        self.delta.dead.append(
-            Failed(redact(item), position, failed.stage, failed.reason, failed.error, failed.attempts),
-        )
+        self.delta.dead.append(replace(failed, item=redact(item), position=position))
 
     def _settle_position(self, position: Position, fate: int, failed: Failed | None) -> None:
         item = self.items.pop(position, None)
