@@ -19,6 +19,8 @@ import pytest
 
 import penstock as ps
 from penstock.errors import GroupInUse, OutputInUse, PlanError
+from penstock.events.source import GroupSource
+from penstock.flow.contract import Reading, Subscribed, is_subscribed
 from penstock.testing import run_virtual
 
 MakeLog = Callable[..., ps.EventLog]
@@ -247,6 +249,17 @@ def test_what_a_flow_over_a_topic_needs(make_log: MakeLog) -> None:
     for options in ({"lease": 0}, {"max_attempts": 0}, {"exclusive": 5}, {"start": -2}):
         with pytest.raises(PlanError):
             log.topic("t").flow("g", **options)  # type: ignore[arg-type]
+
+
+def test_a_group_itself_is_not_read(make_log: MakeLog) -> None:
+    topic = make_log().topic("t")
+    assert isinstance(topic.flow("g").source, GroupSource)
+    subscribed: Subscribed[Any] = GroupSource(topic, "g", lease=30, max_attempts=5, start=0, exclusive=None)
+    assert is_subscribed(subscribed)
+    assert not hasattr(subscribed, "read"), "each run reads by its own Reading"
+    sink: Any = make_log().topic("out").as_sink()
+    reading: Reading[Any] = subscribed.begin(sink, drained=True)[0]
+    assert reading.identity == subscribed.identity
 
 
 def test_law_cancellation_gives_back_what_was_taken(make_log: MakeLog) -> None:

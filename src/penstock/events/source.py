@@ -38,7 +38,7 @@ logger = logging.getLogger("penstock")
 
 
 class GroupSource:
-    """What ``topic.flow(group)`` reads. ``exclusive``: None for what exactly once needs."""
+    """What ``topic.flow(group)`` reads, a ``Subscribed``. ``exclusive``: None for what exactly once needs."""
 
     replayable = True  # by the group: what isn't acknowledged comes again
     total = None
@@ -114,18 +114,6 @@ class GroupSource:
 
     async def changed(self, before: Any) -> str | None:
         return None
-
-    def read(self, after: Progress) -> AsyncIterator[Sequence[tuple[tuple[str, int], Any]]]:
-        raise NotImplementedError("a run reads by begin()")
-
-    async def settle(self, positions: Positions) -> None:
-        """A reading does that."""
-
-    async def give_back(self, positions: Positions, delay: float = 0, reason: str | None = None) -> None:
-        """A reading does that."""
-
-    def joins(self, sink: Any) -> bool:
-        return self._joins(sink)
 
 
 class GroupReading:

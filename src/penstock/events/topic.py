@@ -220,7 +220,7 @@ class Topic(Generic[T]):
 
         Raises PlanError for parameters out of range; the job raises GroupInUse.
         """
-        source = GroupSource(self, group, lease=lease, max_attempts=max_attempts, start=start, exclusive=exclusive)
+        source: Any = GroupSource(self, group, lease=lease, max_attempts=max_attempts, start=start, exclusive=exclusive)
         given: dict[str, Any] = {
             "on_error": "dead_letter",
             "retry": Retry(attempts=max_attempts - 1, backoff=0.1, jitter=False),

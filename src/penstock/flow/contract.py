@@ -19,6 +19,7 @@ __all__ = [
     "Delta",
     "Failed",
     "GivenUp",
+    "Input",
     "JobId",
     "Origin",
     "Reading",
@@ -146,12 +147,12 @@ class Delta:
     finished: bool = False
 
 
-class Source(Protocol[T_co]):
-    """Where items come from. Methods but ``read`` may do nothing where they mean nothing."""
+class Input(Protocol):
+    """What is known of an input before any of it is read."""
 
     @property
     def identity(self) -> str:
-        """Names the source, the same in every run over the same input: ``jsonl:texts/*.jsonl.gz``."""
+        """Names it, the same in every run over the same input: ``jsonl:texts/*.jsonl.gz``."""
 
     @property
     def replayable(self) -> bool:
@@ -166,6 +167,10 @@ class Source(Protocol[T_co]):
 
     async def changed(self, before: Any) -> str | None:
         """How the input differs from an earlier snapshot, in words, beyond having grown; None if it doesn't."""
+
+
+class Source(Input, Protocol[T_co]):
+    """Where items come from. Methods but ``read`` may do nothing where they mean nothing."""
 
     def read(self, after: Progress) -> AsyncIterator[Sequence[tuple[Position, T_co]]]:
         """Yield the items that aren't settled in ``after``, in batches, each position once.
@@ -194,11 +199,14 @@ class Reading(Source[T_co], Protocol[T_co]):
         """Give back what is left. Comes last; safe to call twice."""
 
 
-class Subscribed(Source[T_co], Protocol[T_co]):
-    """A source that doesn't end, of which each run has a ``Reading`` of its own. It keeps the dead letters itself."""
+class Subscribed(Input, Protocol[T_co]):
+    """An input that doesn't end, of which each run has a ``Reading`` of its own. It keeps the dead letters itself."""
 
     def guarantee(self, sink: Sink[Any]) -> tuple[bool, str]:
         """Whether outputs in that sink are exactly once, and why."""
+
+    def is_alone(self, sink: Sink[Any] | None) -> bool:
+        """Whether a job into that sink reads it alone."""
 
     def begin(self, sink: Sink[Any], *, drained: bool) -> tuple[Reading[T_co], Sink[Any]]:
         """A reading for one run, and the sink as that run uses it. ``drained``: it ends when nothing is left."""

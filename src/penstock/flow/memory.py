@@ -35,7 +35,7 @@ _read_once: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary(
 
 def as_source(value: Any, name: str | None) -> Source[Any]:
     """The source that ``Flow(value)`` reads. Raises PlanError for what can't be iterated."""
-    if hasattr(value, "read") and hasattr(value, "identity") and hasattr(value, "replayable"):
+    if hasattr(value, "identity") and hasattr(value, "replayable"):  # or a ``Subscribed``
         source: Source[Any] = value
         return source
     if isinstance(value, (str, bytes, bytearray)):
