@@ -503,6 +503,20 @@ async def test_delayed_events_come_at_their_time_and_hold_back_their_key(log: ps
 
 
 @on_virtual_clock
+async def test_a_delay_runs_by_the_loops_clock_whenever_it_began_and_is_looked_at(log: ps.EventLog) -> None:
+    topic = log.topic("t")
+    loop = asyncio.get_running_loop()
+    for began in (0, 36_000):
+        await asyncio.sleep(began - loop.time())
+        await topic.publish("soon", at=datetime.now(UTC) + timedelta(hours=1))
+        assert await drain(topic, "early") == []
+        await asyncio.sleep(1800)
+        async with topic.subscribe("late") as deliveries, await anext(deliveries) as value:
+            assert (value, round(loop.time() - began)) == ("soon", 3600)
+        assert await drain(topic, "early") == ["soon"]
+
+
+@on_virtual_clock
 async def test_in_flight_is_bounded(log: ps.EventLog) -> None:
     topic = log.topic("t")
     await topic.publish_many(range(10))

@@ -150,9 +150,11 @@ def claim(
     owner: int,
     most: int,
     now: float,
+    today: int,
     is_alive: Callable[[str], bool],
 ) -> Claimed:
-    """Claim up to so many deliveries, in their order, or one suspect. ``now``: the time that delays run by.
+    """Claim up to so many deliveries, in their order, or one suspect. ``now``: the time that delays run by, and
+    ``today`` what the calendar shows then.
 
     Raises LeaseLost.
     """
@@ -165,7 +167,7 @@ def claim(
     if not rows:
         rows = _ready(connection, number, topic, owner, most, now, suspect=0)
         if len(rows) < most:
-            rows += _new(transaction, number, topic, owner, most - len(rows), now)
+            rows += _new(transaction, number, topic, owner, most - len(rows), now, today)
     if rows:
         return Claimed(rows)
     others = "SELECT count(*) FROM owners WHERE grp = ?"
@@ -173,11 +175,11 @@ def claim(
     if before > 1:
         lease_end = expire(transaction, number, topic, is_alive)
         if connection.execute(others, (number,)).get != before:  # there may be something now
-            return claim(transaction, group, owner, most, now, is_alive)
+            return claim(transaction, group, owner, most, now, today, is_alive)
     due = connection.execute(
         f"SELECT min(due) FROM pending WHERE grp = ? AND state = {READY} AND due > ?", (number, now)
     ).get
-    drained = _is_drained(connection, number, topic, owner)
+    drained = _is_drained(connection, number, topic, owner, today)
     return Claimed([], due, lease_end if before > 1 else None, drained)
 
 
@@ -220,7 +222,7 @@ def _ready(connection: Any, group: int, topic: int, owner: int, most: int, now: 
     return rows
 
 
-def _new(transaction: Transaction, group: int, topic: int, owner: int, most: int, now: float) -> list[Row]:
+def _new(transaction: Transaction, group: int, topic: int, owner: int, most: int, now: float, today: int) -> list[Row]:
     """Read on from the cursor: claim what is free, park what waits for its key or its time."""
     connection = transaction.connection
     cursor: int = connection.execute("SELECT cursor FROM groups WHERE grp = ?", (group,)).get
@@ -242,7 +244,7 @@ def _new(transaction: Transaction, group: int, topic: int, owner: int, most: int
             seq = place - base
             starts = 0.0
             if due is not None and is_intact(event):
-                starts = max(0.0, now + (due - calendar()) / 1e6)
+                starts = max(0.0, now + (due - today) / 1e6)
             if key is not None and key in blocked:
                 parked += 1
                 pending.append((group, seq, key, PARKED, None, starts, 0, 0))
@@ -273,7 +275,7 @@ def _blocked(connection: Any, group: int, owner: int, found: Iterable[tuple[Any,
     return {key for key in keys if connection.execute(theirs, (group, key, owner)).get is not None}
 
 
-def _is_drained(connection: Any, group: int, topic: int, owner: int) -> bool:
+def _is_drained(connection: Any, group: int, topic: int, owner: int, today: int) -> bool:
     """Whether nothing is left to do for anybody but this owner, but what is published for later."""
     if connection.execute(
         "SELECT 1 FROM events, groups WHERE grp = ? AND place >= ? + cursor AND place < ? LIMIT 1",
@@ -283,7 +285,7 @@ def _is_drained(connection: Any, group: int, topic: int, owner: int) -> bool:
     left = connection.execute(
         "SELECT 1 FROM pending JOIN events ON place = ? + seq WHERE grp = ? AND owner IS NOT ? "
         "AND (events.due IS NULL OR events.due <= ?) LIMIT 1",
-        (topic * SPAN, group, owner, calendar()),
+        (topic * SPAN, group, owner, today),
     ).get
     return left is None
 

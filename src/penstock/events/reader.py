@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import PlanError
+from penstock.events.clock import loop_calendar, loop_time
 from penstock.events.groups import (
     Claimed,
     Letter,
@@ -75,10 +77,12 @@ class Reader:
         )
         store.keep(self.owner, self.lease)
 
-    async def claim(self, most: int, now: float) -> Claimed:
+    async def claim(self, most: int) -> Claimed:
         """Up to so many deliveries. Raises LeaseLost."""
         log = self.topic.log
-        return await log.ask(claim, self.name, self.owner, most, now, log.store.is_alive)
+        loop = asyncio.get_running_loop()
+        now, today = loop_time(loop), loop_calendar(loop)
+        return await log.ask(claim, self.name, self.owner, most, now, today, log.store.is_alive)
 
     async def acknowledge(self, owner: int, ranges: Ranges) -> list[int]:
         """These are done with; returns those that weren't this owner's."""

@@ -164,7 +164,7 @@ class GroupReading:
             await self._until_alone_is_over(loop)
             seen = log.store.look(self.reader.number)
             try:
-                claimed = await uninterrupted(self.reader.claim(demand.note(taken), loop_time(loop)))
+                claimed = await uninterrupted(self.reader.claim(demand.note(taken)))
             except LeaseLost:
                 if self.reader.alone:  # another may have read meanwhile, and the sink knows nothing of that
                     raise

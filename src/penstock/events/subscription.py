@@ -359,9 +359,8 @@ class Subscription(Generic[T]):
             seen = store.look(self.reader.number)
             asked, self._asked = self._asked, 0
             most = self._demand.note(asked)
-            now = loop_time(self._loop)
             try:
-                claimed = await uninterrupted(self._claimed(most, now))
+                claimed = await uninterrupted(self._claimed(most))
             except LeaseLost:
                 logger.warning("topic %r: the lease in group %r was lost", self.topic.name, self.reader.group)
                 self._forget()
@@ -403,10 +402,10 @@ class Subscription(Generic[T]):
         for lane in self._lanes.values():
             lane.clear()
 
-    async def _claimed(self, most: int, now: float) -> Claimed:
+    async def _claimed(self, most: int) -> Claimed:
         """Claim, and keep what came: nobody may be cancelled between the two."""
         owner = self.reader.owner
-        claimed = await self.reader.claim(most, now)
+        claimed = await self.reader.claim(most)
         bad: list[Letter] = []
         for row in claimed.rows:
             try:

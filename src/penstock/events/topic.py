@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Unpack
 
 from penstock.errors import DecodeError, LogError, PlanError
+from penstock.events.clock import calendar, loop_calendar
 from penstock.events.event import Codec, DeadLetter, Event, moment
 from penstock.events.reading import (
     GroupInfo,
@@ -75,13 +77,16 @@ class Topic(Generic[T]):
 
         ``key``: events of one key are delivered in order. ``id``: an event whose id is in the topic (until that is
         trimmed) isn't published again, and the position is that of the first. ``headers``: text by text, beside the
-        value. ``at``: not to be delivered before then.
+        value. ``at``: not to be delivered before then; under ``penstock.testing.run_virtual`` as long after now, by the
+        virtual clock, as it lies ahead by the calendar.
 
         Raises CannotEncode, PayloadTooLarge and PlanError before anything is published; Closed; WriteFailed for a full
         or broken disk. After WriteFailed or a cancellation it isn't known whether it was published: do it again with
         the same ``id``.
         """
         event = self.codec.pack(value, key, id, headers, at)
+        if event.due is not None:
+            event = event._replace(due=event.due - calendar() + loop_calendar(asyncio.get_running_loop()))
         number = self.log.number_now(self.name)
         if number is None:
             number = await self.log.number(self.name)
