@@ -49,14 +49,18 @@ def test_a_file_that_is_no_database(path: Path) -> None:
     with pytest.raises(LogError, match="no intact log"):
         asyncio.run(opened(path))
     assert path.read_bytes().startswith(b"some text")
+    assert os.listdir(path.parent) == [path.name]
 
 
 def test_a_database_of_something_else(path: Path) -> None:
     connection = apsw.Connection(str(path))
     connection.execute("CREATE TABLE mine(a); INSERT INTO mine VALUES (1)")
     connection.close()
+    before = path.read_bytes()
     with pytest.raises(LogError, match="it holds 'mine'"):
         asyncio.run(opened(path))
+    assert path.read_bytes() == before, "its journal mode was changed"
+    assert os.listdir(path.parent) == [path.name]
 
 
 def test_a_newer_format(path: Path) -> None:

@@ -31,12 +31,14 @@ class Presence:
         self.name = secrets.token_hex(8)
         self._path = path
         self._lock = self._mine = self.bell = -1
+        self._is_first = False
 
     def enter(self) -> None:
         """Create the session. Raises LogError where the directory can't be written to."""
         try:
             with suppress(FileExistsError):
                 os.mkdir(self.directory)
+                self._is_first = True
             self._lock = os.open(f"{self.directory}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             entering = f"{self.directory}/{self.name}.entering"  # until it is locked, it would look like a dead one's
             self._mine = os.open(entering, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
@@ -51,8 +53,9 @@ class Presence:
                 self._path, f"{self.directory} can't be used: {error}", "Give a path on a local disk"
             ) from error
 
-    def leave(self) -> None:
-        """End the session. Safe to call twice."""
+    def leave(self, *, trace: bool = True) -> None:
+        """End the session. Safe to call twice. ``trace``: False where it was no log, so that nobody else has joined: if
+        the directory was created for this session, it goes too."""
         for name in (f"{self.name}{_BELL}", self.name):
             with suppress(OSError):
                 os.unlink(f"{self.directory}/{name}")
@@ -60,6 +63,10 @@ class Presence:
             if descriptor >= 0:
                 os.close(descriptor)
         self._lock = self._mine = self.bell = -1
+        if self._is_first and not trace:
+            with suppress(OSError):
+                os.unlink(f"{self.directory}/lock")
+                os.rmdir(self.directory)
 
     def lock(self) -> None:
         """Wait until nobody else writes."""

@@ -51,13 +51,21 @@ CREATE TABLE states(grp INTEGER, stage TEXT, key TEXT, value BLOB NOT NULL, PRIM
 
 
 def connect(path: str, durability: str) -> Any:
-    """Open the database at ``path``. ``durability``: "disk", "process" or "none" (in memory)."""
+    """Open the database at ``path``. ``durability``: "disk", "process" or "none" (in memory).
+
+    Raises LogError for a database of something else, which is left as it is, and WriteFailed.
+    """
     import apsw
 
     with reported(path):
         connection = apsw.Connection(path)
         try:
             connection.set_busy_timeout(10_000)
+            if connection.pragma("application_id") != _MARK:
+                found = connection.execute("SELECT name FROM sqlite_schema LIMIT 1").get
+                if found is not None:
+                    reason = f"it is a database of something else (it holds {found!r})"
+                    raise LogError(path, reason, "Give another path")
             synchronous = {"disk": "FULL", "process": "NORMAL", "none": "OFF"}[durability]
             connection.execute(
                 "PRAGMA journal_mode = WAL; PRAGMA fullfsync = ON; PRAGMA checkpoint_fullfsync = ON; "
@@ -73,17 +81,14 @@ def connect(path: str, durability: str) -> Any:
 def prepare(connection: Any, path: str) -> None:
     """Make the tables of a new file, check those of an old one, and end what belongs to an earlier boot.
 
-    Raises LogError for a file that is no log, or one of a newer format. To be called with the lock held.
+    Raises LogError for one of a newer format. To be called with the lock held.
     """
     with reported(path):
-        mark = connection.pragma("application_id")
-        found = connection.execute("SELECT name FROM sqlite_schema LIMIT 1").get
-        if mark != _MARK:
-            if found is not None:
-                raise LogError(path, f"it is a database of something else (it holds {found!r})", "Give another path")
+        if connection.pragma("application_id") != _MARK:
             connection.execute(
-                f"PRAGMA auto_vacuum = INCREMENTAL; VACUUM; PRAGMA application_id = {_MARK}; "
-                f"BEGIN IMMEDIATE; {_TABLES} INSERT INTO meta VALUES ('format', {FORMAT}); COMMIT"
+                "PRAGMA auto_vacuum = INCREMENTAL; VACUUM; "
+                f"BEGIN IMMEDIATE; PRAGMA application_id = {_MARK}; {_TABLES} "
+                f"INSERT INTO meta VALUES ('format', {FORMAT}); COMMIT"
             )
         version = connection.execute("SELECT value FROM meta WHERE name = 'format'").get
         if version is None or version > FORMAT:

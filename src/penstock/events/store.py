@@ -74,9 +74,9 @@ class FileStore:
                 self._connection = self._connected()
             finally:
                 self._give_lock()
-        except BaseException:
+        except BaseException as error:
             if self.presence is not None:
-                self.presence.leave()
+                self.presence.leave(trace=not isinstance(error, LogError))
             raise
 
     def _connected(self) -> Any:
