@@ -19,7 +19,7 @@ from penstock.net import saving
 from penstock.net.fetch import fetch
 from penstock.net.fetcher import Fetcher
 from penstock.net.request import Request
-from penstock.net.saving import FileSink, as_saver, file_name
+from penstock.net.saving import FileSink, Gathered, as_saver, file_name
 from penstock.net.timing import Timeout
 from penstock.testing import run_virtual
 
@@ -232,3 +232,33 @@ def test_other_requests_have_other_names() -> None:
     ]
     assert len({file_name(request) for request in requests}) == 7
     assert file_name(Request(url)) == file_name(Request(url, headers={"a": "b"}))
+
+
+@given(st.integers(-1, 40), st.lists(st.binary(min_size=1, max_size=20), max_size=8))
+def test_a_gathered_body_is_what_was_added(announced: int, pieces: list[bytes]) -> None:
+    """Also where the other side announced less or more than it sends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "_LARGE", 8)
+        gathered = Gathered(announced)
+        for piece in pieces:
+            gathered.add(piece)
+        assert gathered.size == len(b"".join(pieces))
+        assert gathered.body() == b"".join(pieces)
+
+
+def peak_of_gathering(announced: int, pieces: int) -> int:
+    tracemalloc.start()
+    try:
+        gathered = Gathered(announced)
+        for _ in range(pieces):
+            gathered.add(bytes(1 << 18))
+        gathered.body()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_large_body_takes_its_memory_once_and_none_for_an_announcement() -> None:
+    whole = 16 << 20
+    assert peak_of_gathering(whole, 64) < 1.4 * whole
+    assert peak_of_gathering(whole, 4) < 0.2 * whole

@@ -17,7 +17,7 @@ from penstock.net.address import canonical_host
 from penstock.net.decoding import Corrupt, make_decoder
 from penstock.net.fetched import decode_text, is_text
 from penstock.net.request import Request
-from penstock.net.saving import MemorySink, Sink
+from penstock.net.saving import Gathered, MemorySink, Sink
 from penstock.net.timing import Watch
 from penstock.net.transport import Answer, Broken, Outgoing, Read, Transport
 
@@ -110,7 +110,7 @@ class Attempt:
             raise self._too_big(f"its body has {size:,} bytes")
         if self._make_sink is None and "content-encoding" not in headers:
             data = await read()
-            self.body = data if len(data) == size else await self._plain(data, read)
+            self.body = data if len(data) == size else await self._plain(data, read, size)
             return None
         sink = MemorySink() if self._make_sink is None else self._make_sink()
         try:
@@ -124,17 +124,16 @@ class Attempt:
             raise
         return None
 
-    async def _plain(self, data: bytes, read: Read) -> bytes:
+    async def _plain(self, data: bytes, read: Read, announced: int) -> bytes:
         """A body that is kept as it comes; ``data`` is its beginning."""
-        pieces = []
-        size = 0
+        gathered = Gathered(announced)
         while data:
-            size += len(data)
-            if size > self._max_bytes:
+            gathered.add(data)
+            if gathered.size > self._max_bytes:
                 raise self._too_big(f"its body has more than {self._max_bytes:,} bytes")
-            pieces.append(data)
+            data = b""  # free for what comes next
             data = await read()
-        return b"".join(pieces)
+        return gathered.body()
 
     async def _pour(self, read: Read, encoding: str, sink: Sink) -> None:
         decoder = make_decoder(encoding)

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
@@ -26,12 +27,13 @@ from penstock.errors import PlanError, WriteFailed
 from penstock.flow.commit import uninterrupted
 from penstock.net.request import Request
 
-__all__ = ["FileSink", "MemorySink", "SaveTo", "Sink", "as_saver", "file_name"]
+__all__ = ["FileSink", "Gathered", "MemorySink", "SaveTo", "Sink", "as_saver", "file_name"]
 
 SaveTo = str | os.PathLike[str] | Callable[[Any], str | os.PathLike[str]]
 """A directory, or a function that gives an item's path."""
 
 _HELD = 1 << 20
+_LARGE = 1 << 20
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 _LONGEST_STEM = 80
 _LONGEST_SUFFIX = 16
@@ -48,6 +50,44 @@ class Sink(Protocol):
 
     async def discard(self) -> None:
         """The body won't become whole: nothing of it stays."""
+
+
+class Gathered:
+    """A body in memory that comes in pieces; ``announced``: its size as the other side says, -1 if it doesn't.
+
+    A large one is put together while it comes: each piece is free again when the next is received, where pieces kept
+    to be joined at the end take the memory twice, and most of the time goes into fresh pages. There is room for all of
+    it only once a quarter has come, so that an announcement alone takes no memory.
+    """
+
+    __slots__ = ("_announced", "_pieces", "_whole", "size")
+
+    def __init__(self, announced: int) -> None:
+        self.size = 0
+        self._announced = announced
+        self._pieces: list[bytes] = []
+        self._whole: BytesIO | None = None
+
+    def add(self, data: bytes) -> None:
+        self.size += len(data)
+        if self._whole is not None:
+            self._whole.write(data)
+            return
+        self._pieces.append(data)
+        if _LARGE <= self._announced <= 4 * self.size:
+            whole = self._whole = BytesIO()
+            whole.seek(self._announced - 1)
+            whole.write(b"\0")
+            whole.seek(0)
+            whole.writelines(self._pieces)
+            self._pieces.clear()
+
+    def body(self) -> bytes:
+        """All that was added."""
+        if self._whole is None:
+            return b"".join(self._pieces)
+        self._whole.truncate(self.size)
+        return self._whole.getvalue()  # which copies nothing
 
 
 class MemorySink:
