@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import signal
 import sqlite3
 import subprocess
@@ -338,6 +339,32 @@ def test_requeue_delivers_them_again(letters: Path, capsys: pytest.CaptureFixtur
 def test_only_some_dead_letters(letters: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = rows_inside(capsys, "dead", letters, "--group", "group of a", "--position", 3, "--position", 0)
     assert [(row["topic"], row["position"]) for row in found] == [("a", 3)]
+
+
+def test_what_a_job_into_a_topic_gave_up(letters: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def odd(x: int) -> int:
+        if x % 2:
+            raise ValueError(f"odd: {x}")
+        return x
+
+    log = ps.EventLog(letters)
+    job = ps.Flow(range(4), name="numbers").map(odd, on_error="dead_letter").to(log.topic("c"))
+    assert job.run_sync(progress=False).dead == 2
+    found = [row for row in rows(penstock("dead", letters)) if "job" in row]
+    assert [(row["item"], row["error"]) for row in found] == [(1, "odd: 1"), (3, "odd: 3")]
+    assert "numbers" in found[0]["job"]
+    assert rows_inside(capsys, "dead", letters, "--topic", "c") == []
+    said = on_a_terminal([*PENSTOCK, "dead", str(letters)])
+    assert "3 dead letters" in said
+    assert "2 dead letters" in said
+    assert "odd: 3" in said
+    assert inside("dead", letters, "--requeue") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("3 dead letters are delivered again\n2 dead letters of the job ")
+    (redo,) = re.findall(r"ps.read.dead\(.*?\)", said)
+    redone = eval(redo, {"ps": ps}).map(lambda failed: -failed.item).to(log.topic("c"))
+    assert redone.run_sync(progress=False).delivered == 2
+    assert rows_inside(capsys, "dead", letters) == []
 
 
 # -- what can't be done -------------------------------------------------------------------------------------------

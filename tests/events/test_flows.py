@@ -21,6 +21,7 @@ import penstock as ps
 from penstock.errors import GroupInUse, OutputInUse, PlanError
 from penstock.events.source import GroupSource
 from penstock.flow.contract import Reading, Subscribed, is_subscribed
+from penstock.flow.letters import tables_in
 from penstock.testing import run_virtual
 
 MakeLog = Callable[..., ps.EventLog]
@@ -198,6 +199,44 @@ def test_by_id_into_a_topic(make_log: MakeLog) -> None:
             assert [row["id"] for row in await values_of(sink)] == list(range(11))
 
     run_virtual(main())
+
+
+def test_dead_letters_of_a_job_into_a_topic_are_redone_there_once(tmp_path: Path) -> None:
+    path = tmp_path / "events.db"
+
+    def at_most(bound: int) -> Callable[[Any], int]:
+        def work(x: Any) -> int:
+            x = x.item if isinstance(x, ps.Failed) else x
+            if x > bound:
+                raise ValueError(f"{x} is too much")
+            return int(x)
+
+        return work
+
+    async def main() -> None:
+        async with ps.EventLog(path) as log:
+            sink, other = log.topic("out"), log.topic("other")
+            job = ps.Flow(range(6), name="six").map(at_most(2), on_error="dead_letter").to(sink)
+            assert (await job.run()).dead == 3
+
+            async def redo(bound: int, topic: Any) -> tuple[int, int]:
+                flow = ps.read.dead(path, table=table).map(at_most(bound), on_error="dead_letter")
+                with pytest.raises(PlanError, match="fresh=True"):
+                    await flow.to(sink).run(fresh=True)
+                report = await flow.to(topic).run()
+                return report.delivered, report.dead
+
+            (table,) = tables_in(str(path))
+            assert await redo(4, sink) == (2, 1)
+            assert await values_of(sink) == [0, 1, 2, 3, 4]
+            assert await redo(9, other) == (1, 0), "in another topic it is a job of its own"
+            assert await redo(9, sink) == (1, 0)
+            assert await redo(9, sink) == (0, 0)
+            assert await values_of(sink) == [0, 1, 2, 3, 4, 5]
+            assert await values_of(other) == [5]
+            assert "nothing to do" in str(await job.run())
+
+    asyncio.run(main())
 
 
 def test_a_job_opens_what_isnt_open(make_log: MakeLog, tmp_path: Path) -> None:

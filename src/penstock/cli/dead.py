@@ -1,12 +1,14 @@
 """``penstock dead``: what failed for good, as a table for people and as JSON lines for programs.
 
-That is what stands beside the output of a job, or in an event log.
+That is what stands beside the output of a job, or in an event log: what its groups gave up, and what was given up by
+jobs that write to its topics and read something else.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,13 @@ if TYPE_CHECKING:
     from penstock.events.event import DeadLetter
     from penstock.events.log import EventLog
     from penstock.events.topic import Topic
+    from penstock.flow.contract import Failed
+    from penstock.flow.letters import JournalReader
 
 __all__ = ["show_dead"]
 
 _LONGEST = 60
+_PAGE = 500
 
 
 def show_dead(
@@ -68,13 +73,16 @@ def _of_job(output: Path) -> int:
         for letter in letters:
             sys.stdout.buffer.write(msgspec.json.encode(letter, enc_hook=repr) + b"\n")
         return DONE
-    rows = []
-    for letter in letters:
-        partition, index = letter.position
-        place = f"{partition}:{index}"
-        rows.append((place, letter.stage, letter.reason, letter.error, letter.attempts, repr(letter.item)))
-    _table(("position", "stage", "reason", "error", "attempts", "item"), rows)
+    _table(_COLUMNS, [_row(letter) for letter in letters])
     return DONE
+
+
+_COLUMNS = ("position", "stage", "reason", "error", "attempts", "item")
+
+
+def _row(letter: Failed) -> tuple[Any, ...]:
+    partition, index = letter.position
+    return f"{partition}:{index}", letter.stage, letter.reason, letter.error, letter.attempts, repr(letter.item)
 
 
 def _of_log(path: str, requeue: bool, topic: str | None, group: str | None, positions: Sequence[int] | None) -> int:
@@ -97,15 +105,48 @@ def _of_log(path: str, requeue: bool, topic: str | None, group: str | None, posi
             found.append((*(shown[column] for column in columns), value))
         return found
 
+    jobs = () if topic is not None or group is not None or positions is not None else _jobs(path)
     if requeue:
         count = in_log(path, again)
         print(f"{count:,} dead letter{'s are' if count != 1 else ' is'} delivered again")
+        for table, job, letters in jobs:
+            kept = _counted(sum(1 for _ in letters))
+            print(f"{kept} of the job {job} came from elsewhere: mend the cause, then {_redo(path, table)}")
     elif sys.stdout.isatty():
         header = ("topic", "group", "position", "attempts", "stage", "reason", "error", "value")
         _table(header, in_log(path, rows))
+        for table, job, letters in jobs:
+            print(f"\nof the job {job}; {_redo(path, table)}")
+            _table(_COLUMNS, map(_row, letters))
     else:
         in_log(path, write_them)
+        for table, job, letters in jobs:
+            for letter in letters:
+                shown = {"job": job, "table": table, **msgspec.structs.asdict(letter)}
+                sys.stdout.buffer.write(msgspec.json.encode(shown, enc_hook=repr) + b"\n")
     return DONE
+
+
+def _redo(path: str, table: str) -> str:
+    return f"run ps.read.dead({path!r}, table={table!r}) into the same topic"
+
+
+def _jobs(path: str) -> Iterator[tuple[str, str, Iterator[Failed]]]:
+    """The jobs that write to topics of a log and have dead letters: the table for ``read.dead``, the name, the
+    letters."""
+    from penstock.flow.letters import JournalReader, tables_in
+
+    for table in tables_in(path):
+        with closing(JournalReader(path, table)) as reader:
+            if reader.last_letter():
+                yield table, reader.job(), _letters_in(reader)
+
+
+def _letters_in(reader: JournalReader) -> Iterator[Failed]:
+    after, last = 0, reader.last_letter()
+    while page := reader.letters(after, last, _PAGE):
+        yield from (letter for _, letter in page)
+        after = page[-1][0]
 
 
 async def _chosen(log: EventLog, topic: str | None, group: str | None) -> list[Topic[bytes]]:
@@ -183,4 +224,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     count = table.row_count
     if count:
         console.print(table)
-    console.print(f"{count} dead letter{'s' * (count != 1)}")
+    console.print(_counted(count))
+
+
+def _counted(count: int) -> str:
+    return f"{count} dead letter{'s' * (count != 1)}"

@@ -2,7 +2,8 @@
 
 Where the source is a group of the same log (``JoinedSink``), a commit publishes the outputs, acknowledges what they
 came of and keeps the dead letters, in one transaction; outputs of what is no longer the reading's own are dropped in
-it. Otherwise (``TopicSink``) the job has a journal, in tables of its own, and is alone with it.
+it. Otherwise (``TopicSink``) the job has a journal, in tables of its own, and is alone with it; a job that redoes the
+dead letters of another one into this topic uses the other's, and removes them there.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from penstock.errors import OutputInUse, OutputRejected
+from penstock.errors import OutputInUse, OutputRejected, PlanError
 from penstock.events.groups import acknowledge, bury
 from penstock.events.reading import open_topic
 from penstock.events.states import keep_states, load_states
 from penstock.events.transaction import Appended, Transaction
 from penstock.flow.contract import Delta, JobId, Origin
 from penstock.flow.database import Tables
-from penstock.flow.journal import Journal
-from penstock.flow.letters import PREFIX
+from penstock.flow.journal import Journal, letters_identity
+from penstock.flow.letters import PREFIX, tables_prefix
 from penstock.flow.progress import Known, Positions, Progress
 
 if TYPE_CHECKING:
@@ -54,21 +55,36 @@ class TopicSink:
         return f"log:{self.topic.log.identity}#{self.topic.name}"
 
     async def open(self, job: JobId) -> Progress:
-        """Take the job for this process alone. Raises OutputInUse, ResumeMismatch, LogError."""
+        """Take the job for this process alone. Raises OutputInUse, ResumeMismatch, LogError; PlanError for ``fresh`` in
+        a job that redoes this topic's own dead letters."""
         log = self.topic.log
         if self._opened:
             raise OutputInUse(self.identity)
         await log.open()
         self._opened = True
         try:
-            self._take(job.name)
+            self._take(await log.ask(self._prefix_of, job))
             return await log.ask(self._load, job)
         except BaseException:
             await self.close()
             raise
 
-    def _take(self, job: str) -> None:
-        prefix = f"{PREFIX}{hashlib.blake2b(job.encode(), digest_size=6).hexdigest()}_"
+    def _prefix_of(self, transaction: Transaction, job: JobId) -> str:
+        """What the names of the tables begin with that the job's journal is in."""
+        here = letters_identity(self.topic.log.store.path, "")
+        if job.source.startswith(here):  # these are dead letters: of a job into this topic?
+            prefix = tables_prefix(job.source.removeprefix(here))
+            connection = transaction.connection
+            if Tables(prefix).exist(connection) and self._journal_on(connection, prefix).state == self._state:
+                return prefix
+        return tables_prefix(hashlib.blake2b(job.name.encode(), digest_size=6).hexdigest())
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        """What a journal says of the output."""
+        return {"topic": self.topic.name}
+
+    def _take(self, prefix: str) -> None:
         store = self.topic.log.store
         if prefix in store.jobs:
             raise OutputInUse(self.identity)
@@ -84,21 +100,29 @@ class TopicSink:
 
     def _load(self, transaction: Transaction, job: JobId) -> Progress:
         connection = transaction.connection
+        redoes = job.source == self._letters(self._prefix)
+        if job.fresh and redoes:
+            raise PlanError(
+                f"fresh=True would discard the progress of {self.identity} with the dead letters that are to be redone",
+                "Run it without fresh=True: what is redone is added to the topic",
+            )
         if job.fresh:
             Tables(self._prefix).drop(connection)
-        self._journal = self._journal_on(connection)
+        self._journal = self._journal_on(connection, self._prefix)
         progress = self._journal.load(job)
         self._journal.begin()
-        if job.by_id:
+        if job.by_id and not redoes:
             progress.ids = self
         progress.states = self
         return progress
 
-    def _journal_on(self, connection: Any) -> Journal:
+    def _letters(self, prefix: str) -> str:
+        table = prefix.removeprefix(PREFIX).removesuffix("_")
+        return letters_identity(self.topic.log.store.path, table)
+
+    def _journal_on(self, connection: Any, prefix: str) -> Journal:
         path = self.topic.log.store.path
-        return Journal(
-            path, output=self.identity, letters=f"dead:{self.identity}", prefix=self._prefix, lent=connection
-        )
+        return Journal(path, output=self.identity, letters=self._letters(prefix), prefix=prefix, lent=connection)
 
     async def look_up(self, keys: list[str]) -> list[Known]:
         """What earlier runs committed of the items with these keys."""
@@ -150,7 +174,7 @@ class TopicSink:
         _publish(transaction, self.topic.name, waiting)
         assert self._journal is not None
         self._journal.connection = transaction.connection
-        self._journal.transaction(delta)
+        self._journal.transaction(delta, None if self._journal.state == self._state else self._state)
 
     async def close(self) -> None:
         """Release the job. Safe to call twice."""

@@ -13,7 +13,7 @@ from penstock.flow.contract import Failed
 from penstock.flow.database import Tables, read_only, reported
 from penstock.flow.journal import journal_path, letters_identity
 
-__all__ = ["PREFIX", "JournalReader", "find_journal", "tables_prefix"]
+__all__ = ["PREFIX", "JournalReader", "find_journal", "tables_in", "tables_prefix"]
 
 PREFIX = "_penstock_"
 """What the names of a journal's tables begin with in a user's database; then the name of the output's table."""
@@ -40,18 +40,10 @@ def find_journal(output: str, table: str | None = None) -> tuple[str, str | None
     if not os.path.isfile(output):
         raise MissingInput(beside)
     real = os.path.realpath(output)
-    connection = read_only(real)
     try:
-        with reported(real, "read"):
-            names = connection.execute(
-                "SELECT name FROM sqlite_schema WHERE type = 'table' AND name GLOB ? ORDER BY name",
-                (f"{PREFIX}*_meta",),
-            ).fetchall()
+        found = tables_in(real)
     except JournalError:  # no database at all
         raise MissingInput(beside) from None
-    finally:
-        connection.close()
-    found = [name[len(PREFIX) : -len("_meta")] for (name,) in names]
     if table is not None:
         if table not in found:
             raise PlanError(f"{output} has no journal for a table {table!r}", f"It has one for: {', '.join(found)}")
@@ -61,6 +53,20 @@ def find_journal(output: str, table: str | None = None) -> tuple[str, str | None
     if not found:
         raise MissingInput(beside)
     return real, found[0]
+
+
+def tables_in(database: str) -> list[str]:
+    """The tables that have a journal in this database, and in the file of a log its jobs. Raises JournalError."""
+    connection = read_only(database)
+    try:
+        with reported(database, "read"):
+            names = connection.execute(
+                "SELECT name FROM sqlite_schema WHERE type = 'table' AND name GLOB ? ORDER BY name",
+                (f"{PREFIX}*_meta",),
+            ).fetchall()
+    finally:
+        connection.close()
+    return [name[len(PREFIX) : -len("_meta")] for (name,) in names]
 
 
 class JournalReader:
@@ -83,6 +89,10 @@ class JournalReader:
         except BaseException:
             self._connection.close()
             raise
+
+    def job(self) -> str:
+        """The name of the job; empty before its first commit."""
+        return self._ask(f"SELECT value FROM {self._tables.meta} WHERE name = 'name'") or ""
 
     def last_letter(self) -> int:
         """The number of the newest letter; 0 if there is none."""
