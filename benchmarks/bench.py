@@ -41,6 +41,7 @@ BENCHMARKS = (
     "events_publish",
     "events_consume",
     "events_idle",
+    "train_kernels",
 )
 STORE = HERE / "results.json"
 SHOWN = HERE / "RESULTS.md"
