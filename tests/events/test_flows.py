@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -346,12 +346,7 @@ def test_law_exactly_once_when_the_lease_was_lost(make_log: MakeLog) -> None:
 
             async with source.flow("g").map_state(sums).map(slow).to(sink).start() as run:
                 await begun.wait()
-                await log.ask(lambda transaction: transaction.connection.execute("UPDATE owners SET expires = -1"))
-                await source.publish(3, key="k")  # which wakes the run
-                for _ in range(1000):
-                    if len(run._reading_of._owners) == 2:
-                        break
-                    await asyncio.sleep(0.01)
+                await lose_the_lease(log, run, lambda: source.publish(3, key="k"))
                 go_on.set()
                 following = sink.read(follow=True)
                 assert [(await anext(following)).value for _ in range(3)] == [1, 3, 6]
@@ -362,6 +357,74 @@ def test_law_exactly_once_when_the_lease_was_lost(make_log: MakeLog) -> None:
             assert (report.delivered, report.released, report.in_flight) == (3, 2, 0)
 
     run_virtual(main())
+
+
+@pytest.mark.parametrize("end", ["delivered", "filtered", "dead"])
+def test_law_accounting_when_the_lease_was_lost(end: str, make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            source, sink = log.topic("in"), log.topic("out")
+            await source.publish_many([0])
+            begun, go_on = asyncio.Event(), asyncio.Event()
+
+            async def work(x: int) -> int:
+                begun.set()
+                await go_on.wait()
+                if end == "dead":
+                    raise TypeError("no")
+                return x
+
+            flow = source.flow("g").map(work, concurrency=4).filter(lambda _: end != "filtered")
+            async with flow.to(sink).start() as run:
+                await begun.wait()
+                await lose_the_lease(log, run, lambda: source.publish(1))
+                go_on.set()
+                await until(lambda: run.report().issued - run.report().in_flight == 3)
+                run.drain()
+                report = await run.finish()
+            assert (report.issued, report.released, getattr(report, end)) == (3, 1, 2)
+            assert await values_of(sink) == ([0, 1] if end == "delivered" else [])
+            assert len([letter async for letter in source.dead()]) == (2 if end == "dead" else 0)
+
+    run_virtual(main())
+
+
+def test_an_event_isnt_lost_with_a_batch_of_which_another_event_was(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            source, sink = log.topic("in"), log.topic("out")
+            await source.publish_many([0])
+            flow = source.flow("g").batch(2, max_wait=1000)
+            async with flow.to(sink).start() as run:
+                await asyncio.sleep(1)
+                await lose_the_lease(log, run, lambda: source.publish(1))
+                for x in (2, 3):
+                    await asyncio.sleep(1)
+                    await source.publish(x)
+                await asyncio.sleep(10)
+                run.drain()
+                report = await run.finish()
+            assert report.issued == report.delivered + report.released
+            await source.flow("g").to(sink).run(until="drained")
+            found = [x for some in await values_of(sink) for x in (some if isinstance(some, list) else [some])]
+            assert sorted(found) == [0, 1, 2, 3]
+
+    run_virtual(main())
+
+
+async def lose_the_lease(log: ps.EventLog, run: Any, publish: Callable[[], Awaitable[Any]]) -> None:
+    """Have a run lose what it holds, and notice that when it is woken."""
+    await log.ask(lambda transaction: transaction.connection.execute("UPDATE owners SET expires = -1"))
+    await publish()
+    await until(lambda: len(run._reading_of._owners) == 2)
+
+
+async def until(done: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if done():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it didn't come to that")
 
 
 # -- states -----------------------------------------------------------------------------------------------------------

@@ -425,6 +425,23 @@ def test_what_another_reader_has_by_now_counts_as_released() -> None:
     assert (ledger.fates[DELIVERED], ledger.released, ledger.open) == (2, 1, 0)
 
 
+def test_law_accounting_whatever_was_to_become_of_what_another_reader_has() -> None:
+    ledger, tasks = books(8)
+    fates = (DELIVERED, SKIPPED, DEAD, FILTERED)
+    for task, fate in zip(tasks, fates * 2, strict=True):
+        ledger.settle(task.origin, fate, LETTER if fate == DEAD else None)
+    delta = ledger.take_delta()
+    ledger.issue([Task(8, ("", 8))])
+    ledger.settle(("", 8), FILTERED)  # while the others are being committed
+    fenced = Positions()
+    for number in range(4):
+        fenced.add(("", number))
+    ledger.committed(delta, fenced)
+    assert (ledger.fates, ledger.released, ledger.open) == ([1, 1, 1, 1], 4, 1)
+    ledger.committed(ledger.take_delta(), Positions())
+    assert (ledger.fates, ledger.released, ledger.open) == ([2, 1, 1, 1], 4, 0)
+
+
 def test_what_is_left_at_the_end_is_released_and_known_by_its_positions() -> None:
     ledger = Ledger(holds=True, commits=True, keeps_items=False)
     tasks = [Task(0, ("a", 0)), Task(0, ("a", 1)), Task(0, ("b", 5)), Task(0, ("b", 7)), Task(0, ("a", 2))]

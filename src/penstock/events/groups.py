@@ -31,6 +31,7 @@ __all__ = [
     "claim",
     "expire",
     "extend",
+    "is_held",
     "join",
     "leave",
     "release",
@@ -327,6 +328,12 @@ def acknowledge(transaction: Transaction, group: int, topic: int, owner: int, ra
             refused += sorted(set(range(start, stop)).difference(seq for _, seq in done))
     _unpark(transaction, group, topic, gone, freed=False)
     return refused
+
+
+def is_held(transaction: Transaction, group: int, seq: int, owner: int) -> bool:
+    """Whether a delivery is this owner's own."""
+    query = f"SELECT 1 FROM pending WHERE grp = ? AND seq = ? AND state = {HELD} AND owner = ?"
+    return transaction.connection.execute(query, (group, seq, owner)).get is not None
 
 
 def release(

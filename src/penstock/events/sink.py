@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from penstock.errors import OutputInUse, OutputRejected, PlanError
-from penstock.events.groups import acknowledge, bury
+from penstock.events.groups import acknowledge, bury, is_held, release
 from penstock.events.reading import open_topic
 from penstock.events.states import keep_states, load_states
 from penstock.events.transaction import Appended, Transaction
@@ -247,10 +247,11 @@ class JoinedSink:
         self, transaction: Transaction, waiting: Sequence[tuple[Origin, list[Appended]]], delta: Delta
     ) -> Positions:
         group, topic = self._reading.reader.name[:2]
-        fenced = Positions()
-        dead = {failed.position for failed in delta.dead}
-        for owner, letter in self._reading.letters(delta.dead):
-            bury(transaction, group, topic, owner, [letter])
+        fenced, dead = Positions(), Positions()
+        for failed, (owner, letter) in zip(delta.dead, self._reading.letters(delta.dead), strict=True):
+            refused = bury(transaction, group, topic, owner, [letter])
+            (fenced if refused else dead).add(failed.position)
+        self._part(transaction, waiting)
         for partition, owner, ranges in self._reading.by_owner(delta.settled):
             for seq in acknowledge(transaction, group, topic, owner, ranges):
                 if (partition, seq) not in dead:
@@ -264,6 +265,18 @@ class JoinedSink:
         kept = [one for one in waiting if not any(position in fenced for position in one[0])]
         _publish(transaction, self._sink.topic.name, kept)
         return fenced
+
+    def _part(self, transaction: Transaction, waiting: Sequence[tuple[Origin, list[Appended]]]) -> None:
+        """Give back what came into one output with an event that is no longer the reading's own: the output is dropped,
+        and each is delivered again."""
+        group, topic = self._reading.reader.name[:2]
+        for origin, _ in waiting:
+            if len(origin) > 1:
+                owned = [(seq, self._reading.owner_of(partition)) for partition, seq in origin]
+                mine = [one for one in owned if is_held(transaction, group, *one)]
+                if len(mine) < len(owned):
+                    for seq, owner in mine:
+                        release(transaction, group, topic, owner, [(seq, 0.0, True)])
 
     async def close(self) -> None:
         """Safe to call twice."""

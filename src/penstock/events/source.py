@@ -222,6 +222,10 @@ class GroupReading:
             if partition in self._owners
         ]
 
+    def owner_of(self, partition: str) -> int:
+        """By whom the events of a partition were claimed."""
+        return self._owners[partition]
+
     def key_of(self, position: Position) -> str | None:
         """The key of an event that was taken and isn't settled."""
         return self._taken[position][1]

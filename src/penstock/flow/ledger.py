@@ -65,6 +65,8 @@ class Ledger:
         self.paused = False
         self.delta = Delta()
         self.uncommitted = 0
+        self._others: dict[Position, int] = {}  # what is settled in the delta and wasn't delivered, with its fate
+        self._committing: dict[Position, int] = {}
         self.entries: list[tuple[Any, Sequence[Any]]] = []
         self.issued_positions = Positions()
         self.settled_positions = Positions()
@@ -363,6 +365,8 @@ class Ledger:
         name = FATES[fate]
         delta.counts[name] = delta.counts.get(name, 0) + 1
         delta.settled.add(position)
+        if fate != DELIVERED:
+            self._others[position] = fate
         key = self.keys.pop(position, None)
         if key is not None:
             delta.keys[position] = key
@@ -376,11 +380,12 @@ class Ledger:
     def take_delta(self) -> Delta:
         """What the next commit is to record; a new account begins."""
         delta, self.delta = self.delta, Delta()
+        self._committing, self._others = self._others, {}
         self.uncommitted = 0
         return delta
 
     def committed(self, delta: Delta, fenced: Positions) -> None:
-        """The sink made this delta count."""
+        """The sink made this delta count, but for what was ``fenced``: that is done by whoever has it now."""
         for fate, name in enumerate(FATES):
             self.fates[fate] += delta.counts.get(name, 0)
             self.open -= delta.counts.get(name, 0)
@@ -390,9 +395,11 @@ class Ledger:
             if lane is not None:
                 lane.dirty = known in self.delta.states
                 self.leave_lane(lane)
-        if fenced:
-            self.fates[DELIVERED] -= len(fenced)
-            self.released += len(fenced)
+        for partition, intervals in fenced.partitions.items():
+            for start, stop in intervals:
+                self.released += stop - start
+                for index in range(start, stop):
+                    self.fates[self._committing.get((partition, index), DELIVERED)] -= 1
 
     def leave_lane(self, lane: Lane) -> None:
         """Forget a state that is at rest, if it is kept elsewhere."""
