@@ -162,6 +162,14 @@ def test_filters_and_expansions(make_log: MakeLog) -> None:
     run_virtual(main())
 
 
+def test_outputs_that_are_published_before_their_event_is_done_are_promised_at_least_once(make_log: MakeLog) -> None:
+    log = make_log()
+    for whole, promise in ((True, "guarantee: exactly once"), (False, "guarantee: at least once: flat_map")):
+        flow = log.topic("in").flow("g").flat_map(lambda x: [x] * x, whole=whole)
+        assert promise in flow.to(log.topic("out")).explain()
+    assert "exactly once" in flow.to("out.jsonl").explain()
+
+
 def test_a_key_for_each_output(make_log: MakeLog) -> None:
     async def main() -> None:
         async with make_log() as log:

@@ -87,10 +87,13 @@ class GroupSource:
             return sink is not None and sink.exactly_once and not self._joins(sink)
         return self.exclusive
 
-    def guarantee(self, sink: Sink[Any]) -> tuple[bool, str]:
-        """Whether outputs in that sink are exactly once, and why."""
+    def guarantee(self, sink: Sink[Any], *, one_by_one: bool) -> tuple[bool, str]:
+        """Whether outputs in that sink are exactly once, and why. ``one_by_one``: some may be committed while others of
+        their event are still to come."""
         group = f"the group {self.group!r}"
         if self._joins(sink):
+            if one_by_one:
+                return False, "at least once: flat_map(whole=False) publishes outputs of an event that isn't acknowledged"
             return True, f"exactly once: outputs and acknowledgements of {group} are one transaction of the log"
         if not sink.exactly_once:
             return False, "at least once: a function can't commit together with the acknowledgement"

@@ -202,8 +202,9 @@ class Reading(Source[T_co], Protocol[T_co]):
 class Subscribed(Input, Protocol[T_co]):
     """An input that doesn't end, of which each run has a ``Reading`` of its own. It keeps the dead letters itself."""
 
-    def guarantee(self, sink: Sink[Any]) -> tuple[bool, str]:
-        """Whether outputs in that sink are exactly once, and why."""
+    def guarantee(self, sink: Sink[Any], *, one_by_one: bool) -> tuple[bool, str]:
+        """Whether outputs in that sink are exactly once, and why. ``one_by_one``: some may be committed while others of
+        their item are still to come."""
 
     def is_alone(self, sink: Sink[Any] | None) -> bool:
         """Whether a job into that sink reads it alone."""

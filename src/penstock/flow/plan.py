@@ -381,7 +381,8 @@ def _guarantee(flow: Flow[Any], sink: Sink[Any] | None) -> tuple[bool, str]:
                 "Add .to(...), or read it with topic.subscribe(group)",
             )
         subscribed: Any = flow.source
-        found: tuple[bool, str] = subscribed.guarantee(sink)
+        one_by_one = any(isinstance(stage, FlatMap) and not stage.whole for stage in flow.stages)
+        found: tuple[bool, str] = subscribed.guarantee(sink, one_by_one=one_by_one)
         return found
     if sink is None:
         return False, f"outputs are handed to the caller as they come; nothing is kept for another run{no_ids}"
