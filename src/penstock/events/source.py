@@ -93,7 +93,7 @@ class GroupSource:
         group = f"the group {self.group!r}"
         if self._joins(sink):
             if one_by_one:
-                return False, "at least once: flat_map(whole=False) publishes outputs of an event that isn't acknowledged"
+                return False, "at least once: flat_map(whole=False) publishes outputs before the event is acknowledged"
             return True, f"exactly once: outputs and acknowledgements of {group} are one transaction of the log"
         if not sink.exactly_once:
             return False, "at least once: a function can't commit together with the acknowledgement"
