@@ -15,12 +15,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from penstock.errors import Closed
 from penstock.events.transaction import Transaction
+from penstock.flow.blocking import Ending
 from penstock.place.base import outside
 
 __all__ = ["Request", "Store", "Work", "Writer"]
@@ -81,7 +82,7 @@ class Writer:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._ended: list[Callable[[], None]] = []
+        self._ending = Ending()
 
     async def ask(self, work: Work) -> Any:
         """Have the work done in a transaction; its answer, when that is durable. Raises what it raised, WriteFailed, or
@@ -104,32 +105,16 @@ class Writer:
     async def close(self) -> None:
         """Do what was asked, then end the thread and close the store. Safe to call twice; cancelling changes
         nothing."""
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = loop.create_future()
-
-        def settle() -> None:
-            outside.count -= 1
-            if not ended.done():
-                ended.set_result(None)
-
-        def tell() -> None:
-            try:
-                loop.call_soon_threadsafe(settle)
-            except RuntimeError:  # that loop has ended
-                outside.count -= 1
-
         with self._lock:
             first, self._closed = not self._closed, True
             thread = self._thread
-            if thread is not None and thread.is_alive():
-                outside.count += 1
-                self._ended.append(tell)
-                if first:
-                    self._queue.put(None)
         if thread is None:
             self._store.close()
-        elif self._ended:
-            await ended
+            return
+        if first:
+            self._queue.put(None)
+        await self._ending.awaited()
+        thread.join()  # telling was its last act
 
     def _run(self) -> None:
         store = self._store
@@ -140,11 +125,10 @@ class Writer:
                 self._do(requests)
                 self._answer(requests)
             del requests
-        store.close()
-        with self._lock:
-            ended, self._ended = self._ended, []
-        for tell in ended:
-            tell()
+        try:
+            store.close()
+        finally:
+            self._ending.over()
 
     def _gather(self, timeout: float | None) -> tuple[list[Request], bool]:
         try:

@@ -26,7 +26,7 @@ from penstock.flow.demand import Demand
 from penstock.place.base import GRACE, SLICE, outside
 from penstock.place.loop import clock_of
 
-__all__ = ["Desk", "chunks", "feed", "feed_each"]
+__all__ = ["Desk", "Ending", "chunks", "feed", "feed_each"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,6 +36,44 @@ _BATCHES_AHEAD = 2
 _LEAST_AHEAD = 16
 
 _log = logging.getLogger("penstock")
+
+
+class Ending:
+    """The end of a thread: any number of loops wait for it, and count it as outside meanwhile."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: list[Callable[[], None]] | None = []  # None when it is over
+
+    def over(self) -> None:
+        """Tell all that wait: the thread's last act."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, None
+        for tell in waiting or ():
+            tell()
+
+    async def awaited(self) -> None:
+        """Wait for it. Cancelling leaves the thread to end."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def settle() -> None:
+            outside.count -= 1
+            if not ended.done():
+                ended.set_result(None)
+
+        def tell() -> None:
+            try:
+                loop.call_soon_threadsafe(settle)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                outside.count -= 1
+
+        with self._lock:
+            if self._waiting is None:
+                return
+            self._waiting.append(tell)
+            outside.count += 1
+        await ended
 
 
 class Desk:
@@ -51,7 +89,7 @@ class Desk:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._waiting: list[Callable[[], None]] | None = []  # who waits for the end; None after it
+        self._ending = Ending()
 
     async def call(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function in the desk's thread; returns what it returns, raises what it raises.
@@ -101,44 +139,21 @@ class Desk:
         while (work := self._calls.get()) is not None:
             work()
             del work  # it holds the function's arguments
-        with self._lock:
-            waiting, self._waiting = self._waiting, None
-        for tell in waiting or ():
-            tell()
+        self._ending.over()
 
     async def close(self) -> None:
         """Wait for what was called, then end the thread. Safe to call twice, and without any call before.
 
         Cancelling leaves the thread to finish what was called, and then end.
         """
-        loop = asyncio.get_running_loop()
-        ended: asyncio.Future[None] = loop.create_future()
-
-        def settle() -> None:
-            outside.count -= 1
-            if not ended.done():
-                ended.set_result(None)
-
-        def tell() -> None:
-            try:
-                loop.call_soon_threadsafe(settle)
-            except RuntimeError:
-                outside.count -= 1
-
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._calls.put(None)
             thread = self._thread
-            if thread is None:
-                return
-            if self._waiting is None:
-                ended.set_result(None)
-            else:
-                self._waiting.append(tell)
-                outside.count += 1
-        await ended
-        thread.join()  # telling was its last act
+        if thread is not None:
+            await self._ending.awaited()
+            thread.join()  # telling was its last act
 
 
 class _Supply(Generic[T]):
