@@ -59,13 +59,29 @@ class _Head:
         self.bytes = bytes
 
 
+_COLUMNS = 8
+_AT_ONCE = tuple(
+    (rows * _COLUMNS, f"INSERT INTO events VALUES {', '.join(['(?, ?, ?, ?, ?, ?, ?, ?)'] * rows)}")
+    for rows in (256, 64, 16, 4, 1)
+)
+
+
+def _insert(connection: Any, values: list[Any]) -> None:
+    """Insert events by few statements: after each, the interpreter's lock must be waited for."""
+    at = 0
+    for count, statement in _AT_ONCE:
+        while len(values) - at >= count:
+            connection.execute(statement, values[at : at + count])
+            at += count
+
+
 class Transaction:
     """``connection`` is in a transaction. ``changed``: topics with something new to deliver."""
 
     def __init__(self, connection: Any) -> None:
         self._connection = connection
         self._heads: dict[int, _Head] = {}
-        self._rows: list[tuple[Any, ...]] = []
+        self._values: list[Any] = []  # of the rows to be inserted, one after the other
         self._ids: dict[tuple[int, str], int] = {}
         self.changed: set[int] = set()
         self._now = 0
@@ -87,16 +103,19 @@ class Transaction:
         seq, size = head.next, head.bytes
         base = topic * SPAN
         numbers = []
-        rows = self._rows
+        values = self._values
         for body, key, name, headers, due in events:
-            if name is not None and (known := self._known(topic, name)) is not None:
-                numbers.append(known)
-                continue
-            place = base + seq
-            crc = crc32(body, _checksum(place, time, due, key, name, headers))
-            rows.append((place, time, due, key, name, headers, body, crc))
             if name is not None:
+                if (known := self._known(topic, name)) is not None:
+                    numbers.append(known)
+                    continue
                 self._ids[topic, name] = seq
+            place = base + seq
+            if key is None and name is None and headers is None and due is None:
+                crc = crc32(body, crc32(_numbers(place, time, -1)))  # as _checksum: for most, and quicker
+            else:
+                crc = crc32(body, _checksum(place, time, due, key, name, headers))
+            values += (place, time, due, key, name, headers, body, crc)
             numbers.append(seq)
             size += len(body)
             seq += 1
@@ -121,9 +140,9 @@ class Transaction:
 
     def flush(self) -> None:
         """Insert what was appended."""
-        if self._rows:
-            rows, self._rows = self._rows, []
-            self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        if self._values:
+            values, self._values = self._values, []
+            _insert(self._connection, values)
         for topic, head in self._heads.items():
             self._connection.execute(
                 "UPDATE topics SET next = ?, time = ?, bytes = ? WHERE topic = ?",
