@@ -83,6 +83,8 @@ class Codec:
         body = self._encode(value)
         if len(body) > self._most:
             raise PayloadTooLarge(self.topic, len(body), self._most)
+        if key is None and id is None and headers is None and at is None:
+            return Appended(body)
         for name, text in (("key", key), ("id", id)):
             if text is not None and not _is_text(text):
                 raise PlanError(f"{self._target}: {name}={text!r}, a {type(text).__name__}", f"Give {name} as text")
@@ -102,6 +104,8 @@ class Codec:
         if self._is_plain:
             return encode_json(value, self._target)
         if self.kind is bytes:
+            if type(value) is bytes:
+                return value
             if not isinstance(value, (bytes, bytearray, memoryview)):
                 raise CannotEncode(self._target, type(value).__name__, "its type is bytes")
             return bytes(value)

@@ -30,8 +30,7 @@ from penstock.errors import Closed, PlanError, Unsupported
 from penstock.events.reading import TopicInfo, find_topic, open_topic, topics
 from penstock.events.store import MEMORY, FileStore
 from penstock.events.topic import Topic
-from penstock.events.transaction import Appended, Transaction
-from penstock.events.writer import Request, Writer
+from penstock.events.writer import Writer
 from penstock.flow.blocking import Desk
 from penstock.flow.commit import uninterrupted
 
@@ -231,17 +230,14 @@ class EventLog:
 
         Raises what it raises, WriteFailed, LogError, Closed. Cancelling drops the answer; it is done all the same.
         """
-        answer: T = await self._use().writer.ask(_Asked(function, arguments, size))
+        answer: T = await self._use().writer.ask(function, *arguments, size=size)
         return answer
 
-    def append(self, topic: int, events: list[Appended], size: int) -> asyncio.Future[list[int]]:
-        """Have events appended to a topic; their numbers, once they are durable. Raises Closed.
-
-        What ``ask`` does, for what is done most often.
-        """
-        request = Request(_Append(topic, events, size), asyncio.get_running_loop())
-        self._use().writer.submit(request)
-        return request.answer
+    @property
+    def writer(self) -> Writer:
+        """What is asked to write, in an open log. Raises Closed."""
+        opened = self._opened
+        return self._use().writer if opened is None else opened.writer
 
     def number_now(self, name: str) -> int | None:
         """The number of a topic, if it is known here already."""
@@ -276,34 +272,6 @@ class EventLog:
         if number is None:
             number = self._numbers[name] = await self.ask(open_topic, name)
         return number
-
-
-class _Append:
-    """Events to be appended, as the writer takes them."""
-
-    __slots__ = ("events", "size", "topic")
-
-    def __init__(self, topic: int, events: list[Appended], size: int) -> None:
-        self.topic = topic
-        self.events = events
-        self.size = size
-
-    def __call__(self, transaction: Transaction) -> list[int]:
-        return transaction.append(self.topic, self.events)
-
-
-class _Asked:
-    """A function and what it is called with, as the writer takes it."""
-
-    __slots__ = ("arguments", "function", "size")
-
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...], size: int) -> None:
-        self.function = function
-        self.arguments = arguments
-        self.size = size
-
-    def __call__(self, transaction: Transaction) -> Any:
-        return self.function(transaction, *self.arguments)
 
 
 def _remade(address: str, durability: Any, max_bytes: int) -> EventLog:

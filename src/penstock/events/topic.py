@@ -90,7 +90,7 @@ class Topic(Generic[T]):
         number = self.log.number_now(self.name)
         if number is None:
             number = await self.log.number(self.name)
-        return (await self.log.append(number, [event], len(event.body)))[0]
+        return await self.log.writer.publish(number, event)
 
     async def publish_many(
         self,
@@ -105,7 +105,7 @@ class Topic(Generic[T]):
         """
         events = [self.codec.pack(value, key and key(value), id and id(value)) for value in values]
         number = await self.log.number(self.name)
-        return await self.log.append(number, events, sum(len(event.body) for event in events))
+        return await self.log.writer.publish_many(number, events) if events else []
 
     def publish_sync(
         self,

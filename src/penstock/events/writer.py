@@ -2,12 +2,14 @@
 
 States: *asleep* (on the queue, until something is asked or a lease must be renewed), *gathering* (what is in the queue,
 up to a bound), *writing* (the lock is held, a transaction is open), *answering* (each request on the loop that asked).
-There is no timer between requests and their commit: while one commit waits for the disk, the next ones gather.
+There is no timer between requests and their commit: what is asked within one turn of a loop is handed over together
+after it, and while one commit waits for the disk, the next ones gather.
 
 Nobody can cancel a request once it is asked: whoever cancels the wait for it drops the answer, and the work is done all
 the same. What a request raises, alone, is its own error: the others are done again without it. When the disk fails, all
 of the transaction fail with WriteFailed and nothing of it counts; the file is closed, and opened anew for what is asked
-next. Before the thread ends it does what was asked before ``close``.
+next. Before the thread ends it does what was asked before ``close``; what another loop asks in that very turn may be
+refused (Closed).
 """
 
 from __future__ import annotations
@@ -15,43 +17,123 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from penstock.errors import Closed
-from penstock.events.transaction import Transaction
+from penstock.events.transaction import Appended, Transaction
 from penstock.flow.blocking import Ending
 from penstock.place.base import outside
 
-__all__ = ["Request", "Store", "Work", "Writer"]
+__all__ = ["Store", "Writer"]
 
 logger = logging.getLogger("penstock")
 
-_MOST = 8192
-_MOST_BYTES = 32 << 20
+_MOST_BYTES = 32 << 20  # of a transaction
+_MOST_IN_TURN = 1 << 20  # published to one topic: then the turn is handed over before it ends
+_BESIDE = 100  # bytes that an event takes beside its payload
 
 
-class Work(Protocol):
-    """What is asked: called in the transaction, returns its answer. ``size``: bytes that it writes, about."""
+class _Request:
+    """Some work, and what came of it. ``size``: bytes that it writes, about."""
 
-    @property
-    def size(self) -> int: ...
+    __slots__ = ("error", "result", "size")
 
-    def __call__(self, transaction: Transaction) -> Any: ...
-
-
-class Request:
-    """Some work and who waits for it."""
-
-    __slots__ = ("answer", "error", "loop", "result", "work")
-
-    def __init__(self, work: Work, loop: asyncio.AbstractEventLoop) -> None:
-        self.work = work
-        self.loop = loop
-        self.answer: asyncio.Future[Any] = loop.create_future()
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.result: Any = None
         self.error: BaseException | None = None
+
+    def do(self, transaction: Transaction) -> Any:
+        """Called in the transaction, on the writer's thread; what it returns is the result."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Tell who waits, on the loop that asked."""
+        raise NotImplementedError
+
+
+def _settle(answer: asyncio.Future[Any], error: BaseException | None, result: Any) -> None:
+    if answer.done():
+        return
+    if error is None:
+        answer.set_result(result)
+    else:
+        answer.set_exception(error)
+
+
+class _Asked(_Request):
+    """A function, and who waits for what it returns."""
+
+    __slots__ = ("answer", "arguments", "function")
+
+    def __init__(
+        self, function: Callable[..., Any], arguments: tuple[Any, ...], size: int, answer: asyncio.Future[Any]
+    ) -> None:
+        super().__init__(size)
+        self.function = function
+        self.arguments = arguments
+        self.answer = answer
+
+    def do(self, transaction: Transaction) -> Any:
+        return self.function(transaction, *self.arguments)
+
+    def settle(self) -> None:
+        _settle(self.answer, self.error, self.result)
+
+
+class _Published(_Request):
+    """What is published to a topic within a turn, one event after the other, and who waits for each one's number."""
+
+    __slots__ = ("answers", "events", "topic")
+
+    def __init__(self, topic: int) -> None:
+        super().__init__(0)
+        self.topic = topic
+        self.events: list[Appended] = []
+        self.answers: list[asyncio.Future[int] | tuple[asyncio.Future[list[int]], int]] = []
+        """For one event, or with their number for many."""
+
+    def do(self, transaction: Transaction) -> list[int]:
+        return transaction.append(self.topic, self.events)
+
+    def settle(self) -> None:
+        at = 0
+        error, numbers = self.error, self.result
+        for answer in self.answers:
+            if isinstance(answer, tuple):
+                many, count = answer
+                _settle(many, error, None if error else numbers[at : at + count])
+                at += count
+                continue
+            if error is not None:
+                _settle(answer, error, None)
+            elif not answer.done():
+                answer.set_result(numbers[at])
+            at += 1
+
+
+class _Turn:
+    """What is asked within one turn of a loop."""
+
+    __slots__ = ("loop", "published", "requests")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.requests: list[_Request] = []
+        self.published: dict[int, _Published] = {}
+
+    def publishes(self, topic: int) -> _Published:
+        """Where what is published to a topic gathers."""
+        published = self.published[topic] = _Published(topic)
+        self.requests.append(published)
+        return published
+
+    def settle(self) -> None:
+        outside.count -= 1
+        for request in self.requests:
+            request.settle()
 
 
 class Store(Protocol):
@@ -73,38 +155,85 @@ class Store(Protocol):
 
 
 class Writer:
-    """The thread and its queue. ``ask`` and ``close`` may be called from any loop."""
+    """The thread and its queue. Its methods but ``close`` are called on a loop; each turn of a loop is its own."""
 
     def __init__(self, store: Store, name: str) -> None:
         self._store = store
         self._name = name
-        self._queue: SimpleQueue[Request | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Turn | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._turns: dict[asyncio.AbstractEventLoop, _Turn] = {}
         self._closed = False
         self._ending = Ending()
 
-    async def ask(self, work: Work) -> Any:
-        """Have the work done in a transaction; its answer, when that is durable. Raises what it raised, WriteFailed, or
-        Closed. Cancelling drops the answer: the work is done, or not, and nobody is told."""
-        request = Request(work, asyncio.get_running_loop())
-        self.submit(request)
-        return await request.answer
+    def ask(self, function: Callable[..., Any], *arguments: Any, size: int = 0) -> asyncio.Future[Any]:
+        """Have ``function(transaction, *arguments)`` called in a transaction; its answer, when that is durable: what
+        it returned or raised, WriteFailed, or Closed. Cancelling the answer drops it, and nobody is told."""
+        turn = self._turn()
+        answer: asyncio.Future[Any] = turn.loop.create_future()
+        turn.requests.append(_Asked(function, arguments, size, answer))
+        return answer
 
-    def submit(self, request: Request) -> None:
-        """Ask without waiting. Raises Closed."""
-        with self._lock:
+    def publish(self, topic: int, event: Appended) -> asyncio.Future[int]:
+        """Have an event appended to a topic; its number, when that is durable. Fails as ``ask`` does."""
+        turn = self._turn()
+        published = turn.published.get(topic) or turn.publishes(topic)
+        answer: asyncio.Future[int] = turn.loop.create_future()
+        published.events.append(event)
+        published.answers.append(answer)
+        published.size += len(event.body) + _BESIDE
+        if published.size >= _MOST_IN_TURN:
+            self._hand_over(turn)
+        return answer
+
+    def publish_many(self, topic: int, events: Sequence[Appended]) -> asyncio.Future[list[int]]:
+        """The same for many, all or none of them."""
+        turn = self._turn()
+        published = turn.published.get(topic) or turn.publishes(topic)
+        answer: asyncio.Future[list[int]] = turn.loop.create_future()
+        published.events += events
+        published.answers.append((answer, len(events)))
+        published.size += sum(len(event.body) + _BESIDE for event in events)
+        if published.size >= _MOST_IN_TURN:
+            self._hand_over(turn)
+        return answer
+
+    def _turn(self) -> _Turn:
+        """What the running loop asks in this turn."""
+        loop = asyncio.get_running_loop()
+        turn = self._turns.get(loop)
+        if turn is None:
             if self._closed:
                 raise Closed(self._name)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="penstock-log", daemon=True)
-                self._thread.start()
-            outside.count += 1
-            self._queue.put(request)
+            turn = self._turns[loop] = _Turn(loop)
+            loop.call_soon(self._hand_over, turn)
+        return turn
+
+    def _hand_over(self, turn: _Turn) -> None:
+        """The turn is over, or long enough."""
+        if self._turns.get(turn.loop) is not turn:  # it was long enough before
+            return
+        del self._turns[turn.loop]
+        with self._lock:
+            if not self._closed:
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._run, name="penstock-log", daemon=True)
+                    self._thread.start()
+                outside.count += 1
+                self._queue.put(turn)
+                return
+        error = Closed(self._name)
+        for request in turn.requests:
+            request.error = error
+            request.settle()
 
     async def close(self) -> None:
         """Do what was asked, then end the thread and close the store. Safe to call twice; cancelling changes
         nothing."""
+        turn = self._turns.get(asyncio.get_running_loop())
+        if turn is not None:
+            self._hand_over(turn)
         with self._lock:
             first, self._closed = not self._closed, True
             thread = self._thread
@@ -120,35 +249,35 @@ class Writer:
         store = self._store
         over = False
         while not over:
-            requests, over = self._gather(store.renew())
-            if requests:
-                self._do(requests)
-                self._answer(requests)
-            del requests
+            turns, over = self._gather(store.renew())
+            if turns:
+                self._do([request for turn in turns for request in turn.requests])
+                self._answer(turns)
+            del turns
         try:
             store.close()
         finally:
             self._ending.over()
 
-    def _gather(self, timeout: float | None) -> tuple[list[Request], bool]:
+    def _gather(self, timeout: float | None) -> tuple[list[_Turn], bool]:
         try:
             first = self._queue.get(timeout=timeout)
         except Empty:
             return [], False
-        requests: list[Request] = []
+        turns: list[_Turn] = []
         size = 0
         while first is not None:
-            requests.append(first)
-            size += first.work.size
-            if len(requests) >= _MOST or size >= _MOST_BYTES:
-                return requests, False
+            turns.append(first)
+            size += sum(request.size for request in first.requests)
+            if size >= _MOST_BYTES:
+                return turns, False
             try:
                 first = self._queue.get_nowait()
             except Empty:
-                return requests, False
-        return requests, True
+                return turns, False
+        return turns, True
 
-    def _do(self, requests: Sequence[Request]) -> None:
+    def _do(self, requests: Sequence[_Request]) -> None:
         """All in one transaction; if one of them raises, each in its own."""
         try:
             self._transact(requests)
@@ -161,35 +290,20 @@ class Writer:
             for request in requests:
                 request.error = error
 
-    def _transact(self, requests: Sequence[Request]) -> None:
+    def _transact(self, requests: Sequence[_Request]) -> None:
         transaction = self._store.begin()
         try:
             for request in requests:
-                request.result = request.work(transaction)
+                request.result = request.do(transaction)
         except BaseException:
             self._store.end(transaction, commit=False)
             raise
         self._store.end(transaction, commit=True)
         self._store.after(transaction)
 
-    def _answer(self, requests: Sequence[Request]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[Request]] = {}
-        for request in requests:
-            by_loop.setdefault(request.loop, []).append(request)
-        for loop, some in by_loop.items():
+    def _answer(self, turns: Sequence[_Turn]) -> None:
+        for turn in turns:
             try:
-                loop.call_soon_threadsafe(_settle, some)
+                turn.loop.call_soon_threadsafe(turn.settle)
             except RuntimeError:  # that loop has ended, and nobody waits any more
-                outside.count -= len(some)
-
-
-def _settle(requests: Sequence[Request]) -> None:
-    outside.count -= len(requests)
-    for request in requests:
-        answer = request.answer
-        if answer.done():
-            continue
-        if request.error is None:
-            answer.set_result(request.result)
-        else:
-            answer.set_exception(request.error)
+                outside.count -= 1
