@@ -92,7 +92,7 @@ class Ledger:
         self.issued += len(tasks)
         self.open += len(tasks)
         if self.commits:
-            _add_all(self.issued_positions, tasks)
+            _add_all(self.issued_positions, [task.origin for task in tasks])
         if self.keeps_items:
             for task in tasks:
                 self.items[task.origin] = task.value
@@ -248,11 +248,12 @@ class Ledger:
 
     def delivered(self, entries: Sequence[tuple[Any, Sequence[Any]]]) -> None:
         """These entries were written (or handed to the caller)."""
+        positions = [origin for origin, _ in entries if type(origin) is tuple]
+        if positions and len(positions) == len(entries):
+            self._deliver(positions)
+            return
         for origin, _ in entries:
-            if type(origin) is tuple:
-                self._settle_position(origin, DELIVERED, None)
-            else:
-                self.settle(origin, DELIVERED)
+            self.settle(origin, DELIVERED)
 
     @contextmanager
     def as_committed(self) -> Iterator[None]:
@@ -353,6 +354,26 @@ class Ledger:
     def _letter(self, position: Position, item: Any, failed: Failed) -> None:
         self.delta.dead.append(replace(failed, item=redact(item), position=position))
 
+    def _deliver(self, positions: list[Position]) -> None:
+        """``_settle_position`` for many that are delivered."""
+        count = len(positions)
+        for kept in (self.items, self.digests):
+            if kept:
+                for position in positions:
+                    kept.pop(position, None)
+        if not self.commits:
+            self.deliver_plain(count)
+            return
+        delta = self.delta
+        if self.keys:
+            delta.keys.update((position, self.keys.pop(position)) for position in positions if position in self.keys)
+        self.uncommitted += count
+        name = FATES[DELIVERED]
+        delta.counts[name] = delta.counts.get(name, 0) + count
+        _add_all(delta.settled, positions)
+        self._leave(count)
+        self.changed()
+
     def _settle_position(self, position: Position, fate: int, failed: Failed | None) -> None:
         item = self.items.pop(position, None)
         self._leave(1)
@@ -422,12 +443,11 @@ class Ledger:
         self.open = 0
 
 
-def _add_all(positions: Positions, tasks: Sequence[Task]) -> None:
-    """Add the positions of many tasks, which mostly follow one another."""
+def _add_all(positions: Positions, added: Sequence[Position]) -> None:
+    """Add many positions, which mostly follow one another."""
     partition: str | None = None
     start = stop = 0
-    for task in tasks:
-        name, index = task.origin
+    for name, index in added:
         if name == partition and index == stop:
             stop += 1
             continue
