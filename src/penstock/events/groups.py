@@ -19,6 +19,7 @@ from penstock.errors import GroupInUse, LeaseLost
 from penstock.events.clock import boot_time, calendar
 from penstock.events.schema import HELD, PARKED, READY, SPAN
 from penstock.events.transaction import Transaction, is_intact
+from penstock.flow.progress import Intervals
 
 __all__ = [
     "MOST_PARKED",
@@ -27,6 +28,7 @@ __all__ = [
     "Ranges",
     "Row",
     "acknowledge",
+    "acknowledge_each",
     "bury",
     "claim",
     "expire",
@@ -237,6 +239,16 @@ def _new(transaction: Transaction, group: int, topic: int, owner: int, most: int
         ).fetchall()
         if not found:
             break
+        following = found[-1][0] - base + 1
+        if all(event[3] is None and event[2] is None for event in found):  # nothing waits, for its key or its time
+            connection.execute(
+                f"INSERT INTO pending SELECT ?, place - ?, NULL, {HELD}, ?, 0.0, 1, 0 FROM events "
+                "WHERE place >= ? AND place < ?",
+                (group, base, owner, base + cursor, base + following),
+            )
+            rows += [_row(event, 1, False) for event in found]
+            cursor = following
+            continue
         blocked = _blocked(connection, group, owner, found)
         pending: list[tuple[Any, ...]] = []
         parked = 0
@@ -256,7 +268,7 @@ def _new(transaction: Transaction, group: int, topic: int, owner: int, most: int
             else:
                 pending.append((group, seq, key, HELD, owner, 0.0, 1, 0))
                 rows.append(_row(event, 1, False))
-        cursor = found[-1][0] - base + 1
+        cursor = following
         connection.executemany("INSERT INTO pending VALUES (?, ?, ?, ?, ?, ?, ?, ?)", pending)
         if parked:
             count = connection.execute(f"SELECT count(*) FROM pending WHERE grp = ? AND state = {PARKED}", (group,)).get
@@ -328,6 +340,15 @@ def acknowledge(transaction: Transaction, group: int, topic: int, owner: int, ra
             refused += sorted(set(range(start, stop)).difference(seq for _, seq in done))
     _unpark(transaction, group, topic, gone, freed=False)
     return refused
+
+
+def acknowledge_each(transaction: Transaction, group: int, topic: int, owner: int, seqs: Sequence[int]) -> list[bool]:
+    """``acknowledge`` for single deliveries; whether each wasn't this owner's own."""
+    ranges = Intervals()
+    for seq in sorted(seqs):
+        ranges.add(seq)
+    refused = acknowledge(transaction, group, topic, owner, list(ranges))
+    return [seq in refused for seq in seqs] if refused else [False] * len(seqs)
 
 
 def is_held(transaction: Transaction, group: int, seq: int, owner: int) -> bool:

@@ -41,9 +41,11 @@ def _checksum(place: int, time: int, due: int | None, key: str | None, id: str |
 def is_intact(stored: Sequence[Any]) -> bool:
     """Whether an event (place, time, due, key, id, headers, body, crc) is what was published: a bit that was flipped
     may change a value or its type."""
-    *meta, body, crc = stored
+    place, time, due, key, name, headers, body, crc = stored
     try:
-        return bool(crc32(body, _checksum(*meta)) == crc)
+        if key is None and name is None and headers is None and due is None:  # as _checksum: for most, and quicker
+            return bool(crc32(body, crc32(_numbers(place, time, -1))) == crc)
+        return bool(crc32(body, _checksum(place, time, due, key, name, headers)) == crc)
     except (struct.error, TypeError):
         return False
 
