@@ -571,6 +571,23 @@ async def test_law_cancellation_in_the_block_gives_it_back(log: ps.EventLog) -> 
         assert (await anext(deliveries)).attempt == 1
 
 
+@on_virtual_clock
+async def test_law_cancellation_doesnt_keep_an_event_from_being_acknowledged(log: ps.EventLog) -> None:
+    topic = log.topic("t")
+    for turns in range(5):
+        await topic.publish_many(range(10))
+        async with topic.subscribe("g") as deliveries:
+            some = [await anext(deliveries) for _ in range(10)]
+            acks = [asyncio.create_task(delivery.ack()) for delivery in some]
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for ack in acks:
+                ack.cancel()
+            await asyncio.wait(acks)
+        left = await drain(topic, "g")
+        assert left == ([] if turns else list(range(10))), "a task that hasn't begun has asked nothing"
+
+
 def test_law_cancellation_of_opening_and_joining_leaves_nothing(make_log: MakeLog) -> None:
     async def cancelled(coroutine: Coroutine[Any, Any, Any], turns: int) -> bool:
         task = asyncio.ensure_future(coroutine)

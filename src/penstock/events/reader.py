@@ -12,6 +12,7 @@ from penstock.events.groups import (
     Letter,
     Ranges,
     acknowledge,
+    acknowledge_each,
     bury,
     claim,
     extend,
@@ -87,6 +88,12 @@ class Reader:
     async def acknowledge(self, owner: int, ranges: Ranges) -> list[int]:
         """These are done with; returns those that weren't this owner's."""
         return await self.topic.log.ask(acknowledge, self.name[0], self.number, owner, ranges)
+
+    async def acknowledge_one(self, owner: int, seq: int) -> bool:
+        """This one is done with; whether it wasn't this owner's. Cancelling waits for that."""
+        writer = self.topic.log.writer
+        place = self.name[0], self.number, owner
+        return await writer.finished(writer.ask_alike(acknowledge_each, *place, item=seq))
 
     async def release(self, owner: int, given: list[tuple[int, float, bool]]) -> list[int]:
         """Give back (number, due, unused)."""

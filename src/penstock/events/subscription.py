@@ -105,8 +105,10 @@ class Delivery(Generic[T]):
         """
         if self._settle():
             reader = self._subscription.reader
-            seq = self._row.seq
-            refused = await self._say(reader.acknowledge(self._owner, [(seq, seq + 1)]), again=False)
+            try:
+                refused = await reader.acknowledge_one(self._owner, self._row.seq)
+            finally:
+                self._subscription.returned(self._row)
             if refused:
                 raise LeaseLost(reader.group)
 
@@ -129,7 +131,7 @@ class Delivery(Generic[T]):
             due = loop_time(asyncio.get_running_loop()) + delay if delay else 0.0
             behind = [(row.seq, 0.0, True) for row in subscription.behind(self.key)]
             given = [(self._row.seq, due, unused), *behind]
-            refused = await self._say(subscription.reader.release(self._owner, given), again=True)
+            refused = await self._say(subscription.reader.release(self._owner, given))
             if refused:
                 raise LeaseLost(subscription.reader.group)
 
@@ -138,7 +140,7 @@ class Delivery(Generic[T]):
         if self._settle():
             reader = self._subscription.reader
             letter = Letter(self._row.seq, self.attempt, "", str(reason), str(error))
-            if await self._say(reader.bury(self._owner, [letter]), again=False):
+            if await self._say(reader.bury(self._owner, [letter])):
                 raise LeaseLost(reader.group)
 
     async def extend(self, seconds: float) -> None:
@@ -150,11 +152,11 @@ class Delivery(Generic[T]):
         first, self.settled = not self.settled, True
         return first
 
-    async def _say(self, saying: Any, *, again: bool) -> Any:
+    async def _say(self, saying: Any) -> Any:
         try:
             return await uninterrupted(saying)
         finally:
-            self._subscription.returned(self._row, again=again)
+            self._subscription.returned(self._row)
 
     async def __aenter__(self) -> T:
         return self.value
@@ -324,7 +326,7 @@ class Subscription(Generic[T]):
         lane.clear()
         return rows
 
-    def returned(self, row: Row, *, again: bool) -> None:
+    def returned(self, row: Row) -> None:
         """A delivery isn't out any more: the next of its key is ready."""
         self._out -= 1
         if self._suspects.pop(row.seq, None) is not None:

@@ -15,20 +15,21 @@ refused (Closed).
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from penstock.errors import Closed
 from penstock.events.transaction import Appended, Transaction
 from penstock.flow.blocking import Ending
+from penstock.flow.commit import uninterrupted
 from penstock.place.base import outside
 
 __all__ = ["Store", "Writer"]
 
-logger = logging.getLogger("penstock")
+T = TypeVar("T")
 
 _MOST_BYTES = 32 << 20  # of a transaction
 _MOST_IN_TURN = 1 << 20  # published to one topic: then the turn is handed over before it ends
@@ -83,52 +84,57 @@ class _Asked(_Request):
         _settle(self.answer, self.error, self.result)
 
 
-class _Published(_Request):
-    """What is published to a topic within a turn, one event after the other, and who waits for each one's number."""
+def _nothing(transaction: Transaction) -> None:
+    pass
 
-    __slots__ = ("answers", "events", "topic")
 
-    def __init__(self, topic: int) -> None:
+class _Together(_Request):
+    """What is asked alike within a turn, one item after the other, and who waits for what came of each."""
+
+    __slots__ = ("answers", "function", "items", "place")
+
+    def __init__(self, function: Callable[..., Sequence[Any]], place: tuple[Any, ...]) -> None:
         super().__init__(0)
-        self.topic = topic
-        self.events: list[Appended] = []
-        self.answers: list[asyncio.Future[int] | tuple[asyncio.Future[list[int]], int]] = []
-        """For one event, or with their number for many."""
+        self.function = function
+        self.place = place
+        self.items: list[Any] = []
+        self.answers: list[asyncio.Future[Any] | tuple[asyncio.Future[Any], int]] = []
+        """For one item, or with their number for many."""
 
-    def do(self, transaction: Transaction) -> list[int]:
-        return transaction.append(self.topic, self.events)
+    def do(self, transaction: Transaction) -> Sequence[Any]:
+        return self.function(transaction, *self.place, self.items)
 
     def settle(self) -> None:
         at = 0
-        error, numbers = self.error, self.result
+        error, results = self.error, self.result
         for answer in self.answers:
             if isinstance(answer, tuple):
                 many, count = answer
-                _settle(many, error, None if error else numbers[at : at + count])
+                _settle(many, error, None if error else results[at : at + count])
                 at += count
                 continue
             if error is not None:
                 _settle(answer, error, None)
             elif not answer.done():
-                answer.set_result(numbers[at])
+                answer.set_result(results[at])
             at += 1
 
 
 class _Turn:
     """What is asked within one turn of a loop."""
 
-    __slots__ = ("loop", "published", "requests")
+    __slots__ = ("alike", "loop", "requests")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.requests: list[_Request] = []
-        self.published: dict[int, _Published] = {}
+        self.alike: dict[Any, _Together] = {}
 
-    def publishes(self, topic: int) -> _Published:
-        """Where what is published to a topic gathers."""
-        published = self.published[topic] = _Published(topic)
-        self.requests.append(published)
-        return published
+    def begin(self, key: Any, function: Callable[..., Sequence[Any]], *place: Any) -> _Together:
+        """Where what is asked alike gathers, under a key in ``alike``."""
+        alike = self.alike[key] = _Together(function, place)
+        self.requests.append(alike)
+        return alike
 
     def settle(self) -> None:
         outside.count -= 1
@@ -175,29 +181,50 @@ class Writer:
         turn.requests.append(_Asked(function, arguments, size, answer))
         return answer
 
+    def ask_alike(self, function: Callable[..., Sequence[T]], *place: Any, item: Any) -> asyncio.Future[T]:
+        """The same for ``function(transaction, *place, items)``, called once for all items that are asked in this turn
+        for one place: it returns what becomes of each. What it raises, it raises for all."""
+        turn = self._turn()
+        key = function, place
+        alike = turn.alike.get(key) or turn.begin(key, function, *place)
+        answer: asyncio.Future[T] = turn.loop.create_future()
+        alike.items.append(item)
+        alike.answers.append(answer)
+        return answer
+
+    async def finished(self, answer: asyncio.Future[T]) -> T:
+        """An answer, awaited to its end also by who is cancelled meanwhile; the cancellation is raised then."""
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            with suppress(Closed):  # in which case it has been done, too
+                await uninterrupted(self.ask(_nothing))  # after what was asked before
+            raise
+
     def publish(self, topic: int, event: Appended) -> asyncio.Future[int]:
         """Have an event appended to a topic; its number, when that is durable. Fails as ``ask`` does."""
         turn = self._turn()
-        published = turn.published.get(topic) or turn.publishes(topic)
+        alike = turn.alike.get(topic) or turn.begin(topic, Transaction.append, topic)
         answer: asyncio.Future[int] = turn.loop.create_future()
-        published.events.append(event)
-        published.answers.append(answer)
-        published.size += len(event.body) + _BESIDE
-        if published.size >= _MOST_IN_TURN:
-            self._hand_over(turn)
+        alike.items.append(event)
+        alike.answers.append(answer)
+        self._add(turn, alike, len(event.body) + _BESIDE)
         return answer
 
     def publish_many(self, topic: int, events: Sequence[Appended]) -> asyncio.Future[list[int]]:
         """The same for many, all or none of them."""
         turn = self._turn()
-        published = turn.published.get(topic) or turn.publishes(topic)
+        alike = turn.alike.get(topic) or turn.begin(topic, Transaction.append, topic)
         answer: asyncio.Future[list[int]] = turn.loop.create_future()
-        published.events += events
-        published.answers.append((answer, len(events)))
-        published.size += sum(len(event.body) + _BESIDE for event in events)
-        if published.size >= _MOST_IN_TURN:
-            self._hand_over(turn)
+        alike.items += events
+        alike.answers.append((answer, len(events)))
+        self._add(turn, alike, sum(len(event.body) + _BESIDE for event in events))
         return answer
+
+    def _add(self, turn: _Turn, alike: _Together, size: int) -> None:
+        alike.size += size
+        if alike.size >= _MOST_IN_TURN:
+            self._hand_over(turn)
 
     def _turn(self) -> _Turn:
         """What the running loop asks in this turn."""
