@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from penstock.files import write
-from penstock.files.output import Output
 from penstock.flow.contract import Delta, Failed, JobId
+from penstock.flow.output import Output
 from penstock.flow.progress import Progress
 
 JOB = JobId("job", "source")

@@ -13,7 +13,7 @@ import pytest
 from tests.files.sinks import NAMES, rows_of
 
 from penstock.errors import WriteFailed
-from penstock.files import disk
+from penstock.flow import disk
 
 # Writes until the limit on a file's size stops it, then once more without the limit.
 CHILD = """

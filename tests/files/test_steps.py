@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 SCRIPT = """
 import asyncio, os, sys, traceback
 from tests.files.sinks import *
-from penstock.files import disk
+from penstock.flow import disk
 from penstock.flow.journal import Journal
 from penstock.flow.letters import JournalReader
 import pyarrow.parquet

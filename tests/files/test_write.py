@@ -43,9 +43,9 @@ from penstock.errors import (
 )
 from penstock.files import parquet as parquet_module
 from penstock.files import write
-from penstock.files.output import Output
 from penstock.flow import database as database_module
 from penstock.flow.contract import SUFFIXES, Delta, Failed, JobId
+from penstock.flow.output import Output
 from penstock.flow.sink import as_sink
 
 

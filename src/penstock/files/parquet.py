@@ -15,11 +15,11 @@ from typing import Any
 
 from penstock.errors import CannotEncode, ForeignOutput, OutputRejected, PlanError, ResumeMismatch
 from penstock.files.columns import arrow, columns_of, infer, parquet_module, refusal
-from penstock.files.disk import make_directory, sync_directory, sync_file, write_whole
-from penstock.files.output import START_OVER, Output
 from penstock.files.rows import each_row
 from penstock.flow.contract import Delta, Origin
+from penstock.flow.disk import make_directory, sync_directory, sync_file, write_whole
 from penstock.flow.journal import Journal
+from penstock.flow.output import START_OVER, Output
 from penstock.flow.progress import Positions
 
 __all__ = ["ParquetOutput"]

@@ -15,12 +15,12 @@ from contextlib import closing
 from typing import Any
 
 from penstock.errors import CannotEncode, ForeignOutput, OutputRejected, PlanError, WriteFailed
-from penstock.files.output import ELSEWHERE, START_OVER, Output
 from penstock.files.rows import cell, each_row
 from penstock.flow.contract import Delta, Origin
 from penstock.flow.database import Tables, connect, has_table, read_only, reported
 from penstock.flow.journal import Journal, letters_identity
 from penstock.flow.letters import tables_prefix
+from penstock.flow.output import ELSEWHERE, START_OVER, Output
 
 __all__ = ["SqliteOutput"]
 

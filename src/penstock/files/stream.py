@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 from penstock.errors import ForeignOutput
 from penstock.files.compressed import is_compressed, zstandard
-from penstock.files.disk import sync_directory, sync_file, write_whole
-from penstock.files.output import ELSEWHERE, START_OVER, Output
 from penstock.flow.contract import Delta, Origin
+from penstock.flow.disk import sync_directory, sync_file, write_whole
 from penstock.flow.journal import Journal
+from penstock.flow.output import ELSEWHERE, START_OVER, Output
 
 __all__ = ["StreamOutput"]
 

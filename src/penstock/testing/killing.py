@@ -30,8 +30,8 @@ from pathlib import Path
 import msgspec
 
 from penstock.errors import PlanError
-from penstock.files.output import Output
 from penstock.flow.job import Job
+from penstock.flow.output import Output
 from penstock.flow.plan import make_plan
 from penstock.place.pickling import dumps
 from penstock.testing.comparing import Remains, first_difference, remains

@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 from typing import cast
 
-from penstock.files.output import Output
 from penstock.flow.job import Job
+from penstock.flow.output import Output
 
 __all__ = ["main"]
 

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from penstock.errors import Closed, OutputInUse, PlanError
-from penstock.files.disk import make_directory, sync_directory, writing
 from penstock.flow.blocking import Desk
 from penstock.flow.contract import Delta, JobId, Origin
+from penstock.flow.disk import make_directory, sync_directory, writing
 from penstock.flow.journal import Journal, journal_path, letters_identity
 from penstock.flow.lock import OutputLock
 from penstock.flow.progress import Known, Positions, Progress
