@@ -1,7 +1,7 @@
 # Every target builds what it needs: a virtual environment in .venv, once, and again when the pins change.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
-EXTRAS := dev,parquet,zstd
+EXTRAS := dev,parquet,train,zstd
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # Tests and the demo talk to this machine alone: no proxy may come between.

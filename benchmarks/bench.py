@@ -53,7 +53,8 @@ PICTURES = HERE / "pictures"
 def build_environment() -> None:
     """Make ``.venv-bench``, once, and again when what belongs there changes. A peer that fails is left out."""
     project = tomllib.loads((HOUSE / "pyproject.toml").read_text())["project"]
-    needed = [*project["dependencies"], *project["optional-dependencies"]["parquet"]]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["parquet"], *extras["train"]]
     peers = [line for line in (HERE / "peers.txt").read_text().split("\n") if line and not line.startswith("#")]
     state = hashlib.sha256("\n".join([sys.version, *needed, *peers]).encode()).hexdigest()
     ready = ENVIRONMENT / "ready"
@@ -100,7 +101,8 @@ def ours() -> float:
 def versions() -> str:
     script = (
         "import platform, importlib.metadata as m\n"
-        "names = 'numpy uvloop aiohttp httpx ray spdl-core aiostream pypeln joblib pillow apsw redis nats-py'.split()\n"
+        "names = 'numpy scipy numba uvloop aiohttp httpx apsw redis nats-py ray spdl-core aiostream pypeln'.split()\n"
+        "names += 'joblib pillow'.split()\n"
         "have = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
         "print(', '.join(['Python ' + platform.python_version()] + [f'{n} {have[n]}' for n in names if n in have]))"
     )
