@@ -7,7 +7,9 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 
 from penstock.testing import run_virtual
@@ -56,3 +58,18 @@ def test_a_queue_of_events_has_the_results_of_the_tutorial_and_five_at_once_take
 
     assert run_virtual(timed(1)) == pytest.approx(5, abs=0.9)  # opening and committing take some real time
     assert run_virtual(timed(5)) == pytest.approx(1, abs=0.9)
+
+
+def test_asynchronous_updates_end_with_all_gradients_and_nobody_waits() -> None:
+    classic = load("asynchronous_updates")
+    work = classic.Work()
+
+    async def timed(form: Any) -> float:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        assert np.allclose(await form(work), work.expected)
+        return loop.time() - began
+
+    run_virtual(timed(classic.with_penstock))  # what is compiled on first use takes real time
+    assert run_virtual(timed(classic.in_lock_step)) == pytest.approx(work.seconds.max(axis=0).sum())
+    assert run_virtual(timed(classic.with_penstock)) == pytest.approx(work.seconds.sum(axis=1).max(), abs=0.5)

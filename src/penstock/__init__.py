@@ -24,14 +24,20 @@ if TYPE_CHECKING:
     from penstock.net.request import Request
     from penstock.net.timing import Timeout
     from penstock.place.base import per_worker, worker_index
+    from penstock.train.optimizer import SGD, Adam, AdamW
+    from penstock.train.server import ParameterServer
 
 __all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
     "EventLog",
     "Failed",
     "Fetched",
     "Flow",
     "Job",
     "Limit",
+    "ParameterServer",
     "Report",
     "Request",
     "Retry",
@@ -49,12 +55,16 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "SGD": "penstock.train.optimizer:SGD",
+    "Adam": "penstock.train.optimizer:Adam",
+    "AdamW": "penstock.train.optimizer:AdamW",
     "EventLog": "penstock.events.log:EventLog",
     "Failed": "penstock.flow.contract:Failed",
     "Fetched": "penstock.net.fetched:Fetched",
     "Flow": "penstock.flow.flow:Flow",
     "Job": "penstock.flow.job:Job",
     "Limit": "penstock.flow.limit:Limit",
+    "ParameterServer": "penstock.train.server:ParameterServer",
     "Report": "penstock.flow.report:Report",
     "Request": "penstock.net.request:Request",
     "Retry": "penstock.flow.retry:Retry",

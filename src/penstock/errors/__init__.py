@@ -48,6 +48,9 @@ from penstock.errors.storing import (
     ResumeMismatch,
     WriteFailed,
 )
+from penstock.errors.training import (
+    GradientRejected,
+)
 
 __all__ = [
     "AbandonedThreads",
@@ -61,6 +64,7 @@ __all__ = [
     "FailureBudgetExceeded",
     "FetchError",
     "ForeignOutput",
+    "GradientRejected",
     "GroupInUse",
     "IdError",
     "JournalError",

@@ -1,0 +1,153 @@
+"""Parameters as users hold them, an array or nested dicts of arrays, and as they are worked on: a vector for each.
+
+A *layout* knows the names, shapes and types of the parameters. It makes vectors of a tree and refuses one that doesn't
+fit, by the name of the parameter at fault (``"layer/weight"``), before anything is changed. Arrays of other libraries
+cross by DLPack, without a copy where the memory is the processor's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from penstock.errors import GradientRejected, PlanError
+from penstock.train import kernels
+from penstock.train.kernels import Array
+
+__all__ = ["Layout"]
+
+_ONLY = "the only one"  # the name of a parameter that is all there is, in messages
+_KINDS = ("float32", "float64")
+
+
+class Layout:
+    """The names, shapes and types of ``params``. Raises PlanError for what can't be trained.
+
+    >>> layout = Layout({"w": np.zeros((2, 3), np.float32), "b": {"hidden": np.zeros(3), "out": np.zeros(1)}})
+    >>> layout.names
+    ('w', 'b/hidden', 'b/out')
+    """
+
+    def __init__(self, params: Any) -> None:
+        _check_keys(params, "")
+        found = dict(_leaves(params, ""))
+        if not found:
+            raise PlanError("ParameterServer({}) was given no parameter", "Give an array, or a dict of arrays")
+        arrays = {name: _as_array(value) for name, value in found.items()}
+        for name, array in arrays.items():
+            if array is None or str(array.dtype) not in _KINDS:
+                kind = f"a {type(found[name]).__name__}" if array is None else f"an array of {array.dtype}"
+                raise PlanError(
+                    f"ParameterServer: the parameter {name or _ONLY!r} is {kind}",
+                    "Give arrays of float32 or float64, for instance value.astype(np.float32)",
+                )
+        self.names = tuple(arrays)
+        self.shapes = tuple(array.shape for array in arrays.values() if array is not None)
+        self.kinds = tuple(array.dtype for array in arrays.values() if array is not None)
+        self._tree = _named(params, "")
+        self._first = [array.flatten() for array in arrays.values() if array is not None]
+
+    def first(self) -> list[Array]:
+        """Copies of the parameters' values, as vectors."""
+        return [vector.copy() for vector in self._first]
+
+    @property
+    def bytes(self) -> int:
+        """What one set of the parameters takes."""
+        return sum(vector.nbytes for vector in self._first)
+
+    def tree(self, vectors: Sequence[Array]) -> Any:
+        """The parameters as they were given, on the memory of these vectors."""
+        by_name = {
+            name: vector.reshape(shape) for name, vector, shape in zip(self.names, vectors, self.shapes, strict=True)
+        }
+        return _filled(self._tree, by_name)
+
+    def vectors(self, gradients: Any) -> list[Array]:
+        """A contiguous vector for each parameter. Raises GradientRejected for a tree, shape or type that differs."""
+        if isinstance(gradients, tuple):
+            raise GradientRejected("", "a tuple was given. Give the gradients alone, in the form of the parameters")
+        given = dict(_leaves(gradients, ""))
+        missing = [name for name in self.names if name not in given]
+        further = [name for name in given if name not in self.names]
+        if missing:
+            also = f"; {further[0]!r} was given, which is no parameter" if further and further[0] else ""
+            raise GradientRejected(missing[0], f"it is missing{also}. Give one for each of {', '.join(self.names)}")
+        if further:
+            raise GradientRejected(
+                further[0], f"there is no parameter of that name. There are {', '.join(self.names) or _ONLY}"
+            )
+        found = []
+        for name, shape, kind in zip(self.names, self.shapes, self.kinds, strict=True):
+            value = given[name]
+            array = _as_array(value)
+            wanted = f"{kind}{list(shape)}"
+            if array is None:
+                told = f"a {type(value).__name__} was given, expected {wanted} in main memory, free of a graph"
+                raise GradientRejected(name or _ONLY, told)
+            if array.shape != shape or array.dtype != kind:
+                told = f"{array.dtype}{list(array.shape)} was given, expected {wanted}, as the parameter is"
+                raise GradientRejected(name or _ONLY, told)
+            found.append(np.ascontiguousarray(array).reshape(-1))
+        return found
+
+    def check_finite(self, vectors: Sequence[Array]) -> None:
+        """Raise GradientRejected for the first parameter with a gradient that is NaN or infinite."""
+        for name, shape, vector in zip(self.names, self.shapes, vectors, strict=True):
+            if isfinite(kernels.squares(vector)):
+                continue
+            at = kernels.first_bad(vector)
+            if at >= 0:
+                place = [int(index) for index in np.unravel_index(at, shape)] if shape else []
+                raise GradientRejected(
+                    name or _ONLY,
+                    f"it is {vector[at]} at {place}. Lower the learning rate, or give the optimizer a clip=",
+                )
+
+
+def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, Mapping):
+        yield name, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, f"{name}/{key}" if name else str(key))
+
+
+def _check_keys(tree: Any, name: str) -> None:
+    if not isinstance(tree, Mapping):
+        return
+    for key, value in tree.items():
+        if not isinstance(key, str) or not key or "/" in key:
+            raise PlanError(f"the parameters have the key {key!r} in {name or 'their dict'}", "Give text without '/'")
+        _check_keys(value, f"{name}/{key}" if name else key)
+
+
+def _named(tree: Any, name: str) -> Any:
+    """The same dicts, with names in place of arrays."""
+    if not isinstance(tree, Mapping):
+        return name
+    return {key: _named(value, f"{name}/{key}" if name else key) for key, value in tree.items()}
+
+
+def _filled(names: Any, by_name: Mapping[str, Any]) -> Any:
+    if not isinstance(names, dict):
+        return by_name[names]
+    return {key: _filled(value, by_name) for key, value in names.items()}
+
+
+def _as_array(value: Any) -> Array | None:
+    """The value as a NumPy array, on its own memory where it has some; None if it is none."""
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, np.generic):
+        return np.asarray(value)
+    if not hasattr(value, "__dlpack__"):
+        return None
+    try:
+        array: Array = np.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError):  # on a device, or part of a graph
+        return None
+    return array
