@@ -42,6 +42,7 @@ BENCHMARKS = (
     "events_consume",
     "events_idle",
     "train_kernels",
+    "train_staleness",
 )
 STORE = HERE / "results.json"
 SHOWN = HERE / "RESULTS.md"

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from penstock.net.request import Request
     from penstock.net.timing import Timeout
     from penstock.place.base import per_worker, worker_index
+    from penstock.train.consistency import ASP
     from penstock.train.optimizer import SGD, Adam, AdamW
     from penstock.train.server import ParameterServer
 
 __all__ = [
+    "ASP",
     "SGD",
     "Adam",
     "AdamW",
@@ -55,6 +57,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ASP": "penstock.train.consistency:ASP",
     "SGD": "penstock.train.optimizer:SGD",
     "Adam": "penstock.train.optimizer:Adam",
     "AdamW": "penstock.train.optimizer:AdamW",

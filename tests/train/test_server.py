@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,53 @@ def test_staleness_is_counted() -> None:
     asyncio.run(main())
 
 
+def test_what_is_too_stale_is_dropped_and_what_is_stale_is_scaled() -> None:
+    async def main() -> None:
+        async with ps.ParameterServer(np.zeros(1), ps.SGD(lr=1), ps.ASP(scale=True, drop=4)) as server:
+            for version in (0, 0, 0, 0, 0):
+                await server.push(np.ones(1), version=version)
+            assert (await server.pull())[0][0] == pytest.approx(-(1 + 1 + 1 / 2 + 1 / 3 + 1 / 4), rel=1e-12)
+            assert await server.push(np.ones(1), version=0) == server.version == 5
+            assert server.dropped == 1
+            assert server.staleness == {0: 1, 1: 1, 2: 1, 3: 1, 4: 1}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("given", [{"scale": 1}, {"drop": -1}, {"drop": True}, {"drop": 1.5}])
+def test_a_policy_out_of_range_is_refused(given: Any) -> None:
+    with pytest.raises(PlanError, match="ASP"):
+        ps.ASP(**given)
+
+
+@pytest.mark.parametrize("late", [1, 3, 7, 15])
+def test_the_critical_rate_at_a_delay_is_that_of_the_theory(late: int) -> None:
+    """On a quadratic, plain SGD with gradients that are τ late is stable up to rate × curvature = 2 sin(π / (4τ + 2)).
+
+    Each parameter is a quadratic of its own: those 3 % below shrink, those 3 % above grow.
+    """
+    critical = 2 * np.sin(np.pi / (4 * late + 2))
+    shares = np.array([0.80, 0.90, 0.95, 0.97, 1.03, 1.05, 1.10, 1.20])
+    steps = 250 * (late + 1)
+
+    async def main() -> None:
+        async with ps.ParameterServer(np.ones(len(shares)), ps.SGD(lr=1)) as server:
+            seen = deque([await server.pull()], maxlen=late + 1)
+            sizes = []
+            for _ in range(steps):
+                params, version = seen[0]
+                await server.push(critical * shares * params, version=version)
+                seen.append(await server.pull())
+                sizes.append(np.abs(seen[-1][0]))
+            window = 8 * (late + 1)
+            early, last = np.max(sizes[window : 2 * window], axis=0), np.max(sizes[-window:], axis=0)
+            assert (last[:4] < early[:4]).all()
+            assert (last[4:] > early[4:]).all()
+            assert server.staleness[late] == steps - late
+
+    asyncio.run(main())
+
+
 def test_what_is_pulled_is_the_callers_and_what_is_given_isnt_changed() -> None:
     async def main() -> None:
         given = np.ones(3)
@@ -180,6 +228,11 @@ def test_a_version_that_isnt_there_yet_is_refused(version: Any) -> None:
 def test_no_optimizer_is_refused() -> None:
     with pytest.raises(PlanError, match="ParameterServer"):
         ps.ParameterServer(np.zeros(1), optimizer=0.1)  # type: ignore[arg-type]
+
+
+def test_no_consistency_is_refused() -> None:
+    with pytest.raises(PlanError, match="consistency"):
+        ps.ParameterServer(np.zeros(1), consistency="asp")  # type: ignore[arg-type]
 
 
 def test_closed_it_says_so_and_it_opens_again() -> None:

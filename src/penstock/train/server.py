@@ -22,6 +22,7 @@ import numpy as np
 
 from penstock.errors import Closed, PlanError
 from penstock.flow.blocking import Desk
+from penstock.train.consistency import ASP
 from penstock.train.kernels import Array
 from penstock.train.optimizer import SGD, Optimizer
 from penstock.train.params import Layout
@@ -41,8 +42,9 @@ class ParameterServer:
     cross by DLPack (PyTorch's, JAX's). ``optimizer``: ``SGD(0.01)`` by default; it runs in the server, in place, once
     for each push, so that momentum and means are those of all workers together.
 
-    Nobody waits for anybody (ASP): a push changes the weights as they are now, whatever version it was computed from.
-    How much they had changed meanwhile, its *staleness*, is counted in ``staleness``.
+    ``consistency``: ``ASP()``, nobody waits for anybody: a push changes the weights as they are now, whatever version
+    it was computed from. How much they had changed meanwhile, its *staleness*, is counted; see ``ASP`` for what else
+    may be done about it.
 
     It belongs to no event loop: it may be used from several at once. Raises PlanError for parameters that can't be
     trained, MissingDependency where numba isn't installed.
@@ -58,18 +60,23 @@ class ParameterServer:
     [-0.1 -0.1 -0.1]
     """
 
-    def __init__(self, params: Any, optimizer: Optimizer | None = None) -> None:
+    def __init__(self, params: Any, optimizer: Optimizer | None = None, consistency: ASP | None = None) -> None:
         optimizer = SGD(lr=0.01) if optimizer is None else optimizer
         if not isinstance(optimizer, Optimizer):
             raise PlanError(
                 f"ParameterServer(optimizer={optimizer!r:.60})", "Give ps.SGD(…), ps.Adam(…) or ps.AdamW(…)"
             )
+        consistency = ASP() if consistency is None else consistency
+        if not isinstance(consistency, ASP):
+            raise PlanError(f"ParameterServer(consistency={consistency!r:.60})", "Give ps.ASP(), or leave it out")
         self.optimizer = optimizer
+        self.consistency = consistency
         self._layout = Layout(params)
         self._weights = self._layout.first()
         self._states = [[np.zeros_like(vector) for vector in self._weights] for _ in optimizer.slots]
         self._version = 0
         self._staleness: Counter[int] = Counter()
+        self._dropped = 0
         self._lock = threading.Lock()
         self._opened = 0
         self._desk: Desk | None = None
@@ -81,12 +88,17 @@ class ParameterServer:
 
     @property
     def staleness(self) -> dict[int, int]:
-        """How many pushes were how stale: the updates between the version one was computed from and its own.
+        """How many pushes that were applied were how stale: the updates between a push's version and itself.
 
         What was staler than 1,000 is counted there.
         """
         with self._lock:
             return dict(sorted(self._staleness.items()))
+
+    @property
+    def dropped(self) -> int:
+        """How many pushes were too stale to be applied."""
+        return self._dropped
 
     def __repr__(self) -> str:
         return f"ParameterServer({len(self._layout.names)} parameters, {self.optimizer!r}, version {self._version})"
@@ -127,7 +139,7 @@ class ParameterServer:
         return self._layout.tree(vectors), version
 
     async def push(self, gradients: Any, *, version: int) -> int:
-        """Apply gradients that were computed from the parameters of ``version``; returns the version they made.
+        """Apply gradients that were computed from the parameters of ``version``; returns the version afterwards.
 
         ``gradients``: in the form, shapes and types of the parameters, of NumPy or crossing by DLPack; they are read
         only, and the caller's again on return.
@@ -159,7 +171,12 @@ class ParameterServer:
     def _apply(self, gradients: list[Array], version: int) -> int:
         self._layout.check_finite(gradients)
         with self._lock:
-            self.optimizer.update(self._weights, self._states, gradients, self._version)
-            self._staleness[min(self._version - version, _STALEST)] += 1
+            stale = self._version - version
+            if self.consistency.drops(stale):
+                self._dropped += 1
+                return self._version
+            damping = self.consistency.damping(stale)
+            self.optimizer.update(self._weights, self._states, gradients, self._version, damping=damping)
+            self._staleness[min(stale, _STALEST)] += 1
             self._version += 1
             return self._version
