@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.errors import CannotEncode, IdError, PlanError
@@ -86,6 +86,7 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+@settings(max_examples=50)
 @given(any_values)
 def test_packed_items_come_back_as_they_were(value: Any) -> None:
     assert same(unpack(pack(value)), value)

@@ -147,7 +147,7 @@ def send(
 @pytest.mark.parametrize("rate", [0.05, 1, 7, 100, 500, 5000])
 def test_a_rate_is_used_and_kept(rate: float) -> None:
     """At least 97 % of it with timers 1–2 ms late, and never more than it and a fiftieth of a second's burst."""
-    seconds = max(20.0, 200 / rate)
+    seconds = max(12.0, 200 / rate)
     times = send(Pace(rate), seconds, late=around(0.0015, 1, 0.3))
     assert len(times) >= 0.97 * rate * seconds
     burst = max(1, 0.02 * rate)
