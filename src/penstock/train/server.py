@@ -47,7 +47,7 @@ class ParameterServer:
     may be done about it.
 
     It belongs to no event loop: it may be used from several at once. Raises PlanError for parameters that can't be
-    trained, MissingDependency where numba isn't installed.
+    trained; ``async with`` raises MissingDependency where numba isn't installed.
 
     >>> import asyncio, numpy as np, penstock as ps
     >>> async def main() -> None:
