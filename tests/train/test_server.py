@@ -100,6 +100,15 @@ def test_several_loops_share_a_server() -> None:
     asyncio.run(main())
 
 
+def test_a_dict_is_no_gradient_of_an_array() -> None:
+    async def main() -> None:
+        async with ps.ParameterServer(np.zeros(1)) as server:
+            with pytest.raises(GradientRejected, match="a dict was given, expected one array"):
+                await server.push({"w": np.zeros(1)}, version=0)
+
+    asyncio.run(main())
+
+
 def test_staleness_is_counted() -> None:
     async def main() -> None:
         async with ps.ParameterServer(np.zeros(1)) as server:
@@ -180,7 +189,7 @@ BAD = {
     "nan": (lambda p: {**p, "layer": {"w": np.full((2, 3), np.nan, np.float32)}}, r"'layer/w': it is nan at \[0, 0\]"),
     "inf": (lambda p: {**p, "b": np.array([0, -np.inf], np.float32)}, r"'b': it is -inf at \[1\]"),
     "the loss too": (lambda p: (p, 0.5), "a tuple was given"),
-    "flat": (lambda p: p["b"], "'layer/w': it is missing"),
+    "flat": (lambda p: p["b"], "a ndarray was given, expected a dict of layer/w, b"),
 }
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -36,7 +37,7 @@ _MOST_IN_TURN = 1 << 20  # published to one topic: then the turn is handed over 
 _BESIDE = 100  # bytes that an event takes beside its payload
 
 
-class _Request:
+class _Request(ABC):
     """Some work, and what came of it. ``size``: bytes that it writes, about."""
 
     __slots__ = ("error", "result", "size")
@@ -46,13 +47,13 @@ class _Request:
         self.result: Any = None
         self.error: BaseException | None = None
 
+    @abstractmethod
     def do(self, transaction: Transaction) -> Any:
         """Called in the transaction, on the writer's thread; what it returns is the result."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self) -> None:
         """Tell who waits, on the loop that asked."""
-        raise NotImplementedError
 
 
 def _settle(answer: asyncio.Future[Any], error: BaseException | None, result: Any) -> None:

@@ -8,7 +8,7 @@ cross by DLPack, without a copy where the memory is the processor's own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from math import isfinite
+from math import isfinite, prod
 from typing import Any
 
 import numpy as np
@@ -48,16 +48,11 @@ class Layout:
         self.shapes = tuple(array.shape for array in arrays.values() if array is not None)
         self.kinds = tuple(array.dtype for array in arrays.values() if array is not None)
         self._tree = _named(params, "")
-        self._first = [array.flatten() for array in arrays.values() if array is not None]
-
-    def first(self) -> list[Array]:
-        """Copies of the parameters' values, as vectors."""
-        return [vector.copy() for vector in self._first]
 
     @property
     def bytes(self) -> int:
         """What one set of the parameters takes."""
-        return sum(vector.nbytes for vector in self._first)
+        return sum(prod(shape) * kind.itemsize for shape, kind in zip(self.shapes, self.kinds, strict=True))
 
     def tree(self, vectors: Sequence[Array]) -> Any:
         """The parameters as they were given, on the memory of these vectors."""
@@ -70,16 +65,17 @@ class Layout:
         """A contiguous vector for each parameter. Raises GradientRejected for a tree, shape or type that differs."""
         if isinstance(gradients, tuple):
             raise GradientRejected("", "a tuple was given. Give the gradients alone, in the form of the parameters")
+        if isinstance(gradients, Mapping) != isinstance(self._tree, dict):
+            wanted = f"a dict of {', '.join(self.names)}" if isinstance(self._tree, dict) else "one array"
+            raise GradientRejected("", f"a {type(gradients).__name__} was given, expected {wanted}")
         given = dict(_leaves(gradients, ""))
         missing = [name for name in self.names if name not in given]
         further = [name for name in given if name not in self.names]
         if missing:
-            also = f"; {further[0]!r} was given, which is no parameter" if further and further[0] else ""
+            also = f"; {further[0]!r} was given, which is no parameter" if further else ""
             raise GradientRejected(missing[0], f"it is missing{also}. Give one for each of {', '.join(self.names)}")
         if further:
-            raise GradientRejected(
-                further[0], f"there is no parameter of that name. There are {', '.join(self.names) or _ONLY}"
-            )
+            raise GradientRejected(further[0], f"there is no parameter of that name. There are {', '.join(self.names)}")
         found = []
         for name, shape, kind in zip(self.names, self.shapes, self.kinds, strict=True):
             value = given[name]

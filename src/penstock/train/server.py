@@ -72,7 +72,7 @@ class ParameterServer:
         self.optimizer = optimizer
         self.consistency = consistency
         self._layout = Layout(params)
-        self._weights = self._layout.first()
+        self._weights = [vector.copy() for vector in self._layout.vectors(params)]
         self._states = [[np.zeros_like(vector) for vector in self._weights] for _ in optimizer.slots]
         self._version = 0
         self._staleness: Counter[int] = Counter()
