@@ -24,15 +24,19 @@ if TYPE_CHECKING:
     from penstock.net.request import Request
     from penstock.net.timing import Timeout
     from penstock.place.base import per_worker, worker_index
-    from penstock.train.consistency import ASP
+    from penstock.train.checkpoint import Checkpoint
+    from penstock.train.consistency import ASP, BSP, SSP
     from penstock.train.optimizer import SGD, Adam, AdamW
     from penstock.train.server import ParameterServer
 
 __all__ = [
     "ASP",
+    "BSP",
     "SGD",
+    "SSP",
     "Adam",
     "AdamW",
+    "Checkpoint",
     "EventLog",
     "Failed",
     "Fetched",
@@ -58,9 +62,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ASP": "penstock.train.consistency:ASP",
+    "BSP": "penstock.train.consistency:BSP",
     "SGD": "penstock.train.optimizer:SGD",
+    "SSP": "penstock.train.consistency:SSP",
     "Adam": "penstock.train.optimizer:Adam",
     "AdamW": "penstock.train.optimizer:AdamW",
+    "Checkpoint": "penstock.train.checkpoint:Checkpoint",
     "EventLog": "penstock.events.log:EventLog",
     "Failed": "penstock.flow.contract:Failed",
     "Fetched": "penstock.net.fetched:Fetched",

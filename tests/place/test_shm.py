@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.place.shm import LEAST, SIZE, Arena, Window, create
+from penstock.place.shm import LEAST, SIZE, WHOLE, Arena, Window, create
 
 MEGABYTE = 1024 * 1024
 
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Arena, Window]]:
-    descriptor = create()
+    descriptor = create(WHOLE)
     arena, window = Arena(descriptor), Window(descriptor)
     os.close(descriptor)
     yield arena, window
@@ -101,7 +101,7 @@ def test_a_forked_copy_gives_nothing_back(ends: tuple[Arena, Window]) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can give pages of a shared file back")
 def test_a_retired_window_keeps_only_what_is_held() -> None:
-    descriptor = create()
+    descriptor = create(WHOLE)
     arena, window = Arena(descriptor), Window(descriptor)
     held = []
     for x in range(8):
@@ -122,7 +122,7 @@ def test_a_retired_window_keeps_only_what_is_held() -> None:
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 12)), max_size=80))
 def test_blocks_never_overlap(steps: list[tuple[int, int]]) -> None:
     """Whatever is placed and let go in whatever order, what is lent keeps its bytes."""
-    descriptor = create()
+    descriptor = create(WHOLE)
     arena, window = Arena(descriptor), Window(descriptor)
     os.close(descriptor)
     lent: list[tuple[int, int]] = []

@@ -49,6 +49,7 @@ from penstock.errors.storing import (
     WriteFailed,
 )
 from penstock.errors.training import (
+    CheckpointRejected,
     GradientRejected,
 )
 
@@ -57,6 +58,7 @@ __all__ = [
     "BatchMismatch",
     "CannotEncode",
     "CannotSend",
+    "CheckpointRejected",
     "Closed",
     "Deadlock",
     "DecodeError",
@@ -88,6 +90,3 @@ __all__ = [
     "WriteFailed",
     "WrongLoop",
 ]
-
-for _name in __all__:  # they are known by this address, in tracebacks and in what is pickled
-    globals()[_name].__module__ = __name__

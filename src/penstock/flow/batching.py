@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 from penstock.errors import BatchMismatch
 from penstock.flow.failing import DEAD_LETTER, KEEP_IT, RAISE, RETRY
-from penstock.flow.origin import Merged
+from penstock.flow.origin import Merged, positions_of
 from penstock.flow.segment import READY, SKIPPED_TAG, Runner, WorkSegment
 from penstock.place.base import FAILED, OK, TIMED_OUT, Task
 
@@ -185,10 +186,13 @@ class BatchSegment(WorkSegment):
 class BatchRunner(Runner):
     """A ``batch`` stage: one list of many items; its origin is all of theirs."""
 
-    def __init__(self, *args: Any, size: int, max_wait: float | None) -> None:
+    def __init__(
+        self, *args: Any, size: int, max_wait: float | None, apart: Callable[[str], Any] | None = None
+    ) -> None:
         super().__init__(*args)
         self._size = self.merges = size
         self._deadline = Deadline(self, max_wait)
+        self._apart = apart
 
     async def close(self) -> None:
         self._deadline.cancel()
@@ -200,9 +204,10 @@ class BatchRunner(Runner):
     def _turn(self) -> None:
         out: list[Task] = []
         while self.sink.room > len(out) and self.source.items:
-            if len(self.source) < self._size and not self._deadline.passed():
+            most = self._size if self._apart is None else self._together(self._apart)
+            if len(self.source) < most and not self._deadline.passed():
                 break
-            members = self.source.take(self._size)
+            members = self.source.take(most)
             self.meter.first.taken += len(members)
             out.append(Task([member.value for member in members], Merged([member.origin for member in members])))
         self.meter.first.emitted += len(out)
@@ -210,3 +215,13 @@ class BatchRunner(Runner):
         if self.source.ended:
             self._deadline.cancel()
             self.sink.close()
+
+    def _together(self, apart: Callable[[str], Any]) -> int:
+        """How many items the next batch may have: no more than come before one that is to be apart from the first."""
+        first: Any = None
+        for number, task in enumerate(islice(self.source.items, self._size)):
+            group = apart(positions_of(task.origin)[0][0])
+            if number and group != first:
+                return number
+            first = group
+        return self._size

@@ -78,7 +78,7 @@ def _make(
     stage = segment.stages[0]
     ends: tuple[Any, ...] = (host, segment.names, source, sink, meter)
     if isinstance(stage, Batch):
-        return BatchRunner(*ends, size=stage.size, max_wait=stage.max_wait)
+        return BatchRunner(*ends, size=stage.size, max_wait=stage.max_wait, apart=stage.apart)
     if isinstance(stage, Take):
         return TakeRunner(*ends, number=segment.numbers[0], left=left.get(segment.numbers[0], stage.count))
     if isinstance(stage, MapState):
@@ -124,7 +124,10 @@ def _make(
             built.pump_gate = runner.pump
     pool = _pool_class(segment.place, inline)
     options = stage.options
-    if options.gated:
+    if options.gate is not None:
+        runner.connect(partial(options.gate, inner=pool), chain)
+        runner.gated = True
+    elif options.gated:
         from penstock.flow.gate import Gate
 
         gate = partial(

@@ -59,16 +59,23 @@ class Surface(Protocol):
 class Display:
     """Shows the progress of one run of ``total`` items (None: not known) until it is stopped.
 
-    ``report`` is asked at most four times a second. ``progress=False`` shows nothing and only watches.
+    ``report`` is asked at most four times a second. ``progress=False`` shows nothing and only watches. ``status``:
+    what the sink has to say about itself.
     """
 
     def __init__(
-        self, name: str, report: Callable[[], Report], total: int | None = None, progress: bool | None = None
+        self,
+        name: str,
+        report: Callable[[], Report],
+        total: int | None = None,
+        progress: bool | None = None,
+        status: Callable[[], str] | None = None,
     ) -> None:
         self.name = name
         self._report = report
         self._total = total
         self._progress = progress
+        self._status = status
         self._surface: Surface | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._recent: deque[tuple[float, int]] = deque()
@@ -152,6 +159,8 @@ class Display:
         failed = report.skipped + report.dead
         if failed:
             text += f", {number(failed)} failed"
+        if self._status is not None:
+            text += f", {self._status()}"
         if share is not None and pace > 0 and share < 1:
             text += f", {duration(done * (1 / share - 1) / pace)} left"
         return text, share

@@ -39,10 +39,18 @@ from penstock.flow.stage import (
 if TYPE_CHECKING:
     from penstock.flow.call import Call
 
-__all__ = ["Flow"]
+__all__ = ["Flow", "changed"]
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+
+def changed(flow: Flow[Any], **parts: Any) -> Flow[Any]:
+    """A flow like this one but for these parts."""
+    other: Flow[Any] = object.__new__(Flow)
+    for name in Flow.__slots__:
+        object.__setattr__(other, name, parts[name] if name in parts else getattr(flow, name))
+    return other
 
 
 class Flow(Generic[T]):
@@ -119,14 +127,8 @@ class Flow(Generic[T]):
         source = self.source.identity if self.source is not None else "unbound"
         return f"Flow({source}, {len(self.stages)} stages)"
 
-    def _with(self, **changed: Any) -> Flow[Any]:
-        flow: Flow[Any] = object.__new__(Flow)
-        for name in Flow.__slots__:
-            object.__setattr__(flow, name, changed[name] if name in changed else getattr(self, name))
-        return flow
-
     def _then(self, stage: Stage) -> Flow[Any]:
-        return self._with(stages=(*self.stages, stage))
+        return changed(self, stages=(*self.stages, stage))
 
     @overload
     def map(
@@ -390,7 +392,8 @@ class Flow(Generic[T]):
             flow = source
         else:
             flow = Flow(source, name=self.name, id=self.id)
-        return self._with(
+        return changed(
+            self,
             source=flow.source,
             stages=(*flow.stages, *self.stages),
             name=self.name or flow.name,

@@ -29,7 +29,7 @@ from penstock.flow.lock import OutputLock
 from penstock.flow.progress import Known, Positions, Progress
 from penstock.flow.text import printable
 
-__all__ = ["ELSEWHERE", "START_OVER", "Output"]
+__all__ = ["ELSEWHERE", "START_OVER", "OnDesk", "Output"]
 
 ELSEWHERE = "Write to another output"
 """What to do about an output that can't be one."""
@@ -85,7 +85,7 @@ class Output(ABC):
         except BaseException:
             await self.close()
             raise
-        journal = _OnDesk(desk, self._journal)
+        journal = OnDesk(desk, self._journal)
         progress.states = journal
         if job.by_id and job.source != self.letters:
             progress.ids = journal
@@ -198,7 +198,7 @@ class Output(ABC):
         """Close what is open; safe to call when opening failed half way."""
 
 
-class _OnDesk:
+class OnDesk:
     """What the journal knows of ids and states, asked on the desk."""
 
     def __init__(self, desk: Desk, journal: Journal) -> None:

@@ -387,7 +387,8 @@ def _guarantee(flow: Flow[Any], sink: Sink[Any] | None) -> tuple[bool, str]:
     if sink is None:
         return False, f"outputs are handed to the caller as they come; nothing is kept for another run{no_ids}"
     if not sink.exactly_once:
-        return False, f"at least once: a function can't commit progress together with its effect{no_ids}"
+        why = getattr(sink, "weakness", "a function can't commit progress together with its effect")
+        return False, f"at least once: {why}{no_ids}"
     if flow.id is not None:
         return True, f"exactly once: {sink.identity} commits the ids together with the data"
     if not flow.source.replayable:

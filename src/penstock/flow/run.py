@@ -263,7 +263,7 @@ class Run:
     async def _supervise(self) -> None:
         restore = heard_on(self.loop, self.interrupt) if self._signals else None
         total = self.plan.source.total if self.plan.source is not None else None
-        display = Display(self.plan.name, self.report, total, self._show)
+        display = Display(self.plan.name, self.report, total, self._show, getattr(self._sink, "status", None))
         try:
             try:
                 progress = await self._open()

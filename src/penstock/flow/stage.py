@@ -17,7 +17,7 @@ from penstock.errors import PlanError
 from penstock.flow.host import host_of
 from penstock.flow.limit import Limit
 from penstock.flow.retry import Retry, as_retry
-from penstock.place.base import PerWorker, cores, is_async
+from penstock.place.base import PerWorker, Pool, cores, is_async
 
 __all__ = [
     "Batch",
@@ -52,7 +52,15 @@ SinkOnError = Literal["raise", "skip", "dead_letter"]
 
 _PLACES = ("loop", "thread", "process")
 _ON_ERROR = ("raise", "skip", "keep", "dead_letter")
-_NOT_DESCRIBED = ("place", "ceiling", "named", "auto", "limit", "site")  # how fast, which may change between runs
+_NOT_DESCRIBED = (
+    "place",
+    "ceiling",
+    "named",
+    "auto",
+    "limit",
+    "site",
+    "gate",
+)  # how fast, which may change between runs
 _LOOP_CONCURRENCY = 32
 _MOST = {"loop": 1024, "thread": 64}  # what concurrency="auto" may find; processes: as many as there are cores
 
@@ -92,7 +100,8 @@ class Options:
 
     ``ceiling``: items in progress at once (concurrency on the loop, workers elsewhere); ``named`` if the stage
     itself named it, so that it isn't shared with its neighbours; ``auto``: the most that may be found to be best.
-    ``site``: a function that gives the host an item goes to, where rates and concurrency are kept by host.
+    ``site``: a function that gives the host an item goes to, where rates and concurrency are kept by host. ``gate``:
+    makes a pool around the stage's own (``inner=``), which starts items by a rule of its own.
     """
 
     place: str
@@ -107,11 +116,12 @@ class Options:
     auto: bool = False
     limit: Limit | None = None
     site: Callable[[Any], str] | None = None
+    gate: Callable[..., Pool] | None = None
 
     @property
     def gated(self) -> bool:
         """Whether items wait for more than a free worker before they start."""
-        return self.auto or self.limit is not None
+        return self.auto or self.limit is not None or self.gate is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +171,12 @@ class MapBatches(Work):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Makes one list of ``size`` items."""
+    """Makes one list of ``size`` items; of those for which ``apart`` gives the same, by their partition."""
 
     size: int
     max_wait: float | None = None
     name: str = "batch"
+    apart: Callable[[str], Any] | None = None
 
     verb = "batch"
 
@@ -287,7 +298,7 @@ def make_options(
         )
     known = {*StageOptions.__annotations__, "on_error"}
     for name in given:
-        if name not in known and name != "site":
+        if name not in known and name not in ("site", "gate"):
             raise PlanError(f"{verb}() has no parameter {name!r}", f"It takes {', '.join(sorted(known))}")
     _check_name(given.get("name"), f"{verb}(name")
     name = given.get("name") or function_name(function)
@@ -350,6 +361,7 @@ def _resolve(where: str, function: Any, given: dict[str, Any], defaults: dict[st
         auto=auto,
         limit=limit,
         site=_site(given.get("site"), limit),
+        gate=given.get("gate"),
     )
 
 

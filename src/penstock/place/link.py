@@ -31,7 +31,7 @@ from typing import Any
 
 import penstock
 from penstock.place.base import Task, cores
-from penstock.place.shm import Arena, Window, create
+from penstock.place.shm import WHOLE, Arena, Window, create
 from penstock.place.wire import Delivery, Inbox, Postbox
 
 __all__ = ["Link", "environment"]
@@ -99,7 +99,7 @@ class Link:
         self._socket, theirs = socket.socketpair()
         inward = outward = -1
         try:
-            inward, outward = create(), create()
+            inward, outward = create(WHOLE), create(WHOLE)
             self.inbox = Inbox(Window(inward))
             self.postbox = Postbox(Arena(outward), sent, grows=True)
             self._socket.setblocking(False)

@@ -27,7 +27,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
 
-__all__ = ["LEAST", "SIZE", "WORDS", "Arena", "Window", "create"]
+__all__ = ["LEAST", "SIZE", "WHOLE", "WORDS", "Arena", "Window", "create"]
 
 LEAST = 32768
 """Bytes from which a buffer travels through shared memory; smaller ones are cheaper on the socket."""
@@ -41,11 +41,15 @@ WORDS = 4096 // 8
 
 _FLAGS = WORDS * 8
 _DATA = _FLAGS + SIZE // LEAST
+
+WHOLE = _DATA + SIZE
+"""Bytes of the file of an arena."""
+
 _REMOVE: int | None = getattr(mmap, "MADV_REMOVE", None)
 
 
-def create() -> int:
-    """A new nameless file of SIZE bytes, as a descriptor that the caller owns. Sparse: it costs what is touched.
+def create(size: int) -> int:
+    """A new nameless file of so many bytes, as a descriptor that the caller owns. Sparse: it costs what is touched.
 
     Raises OSError if the system has no room for it.
     """
@@ -57,7 +61,7 @@ def create() -> int:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
     try:
-        os.ftruncate(descriptor, _DATA + SIZE)
+        os.ftruncate(descriptor, size)
     except BaseException:
         os.close(descriptor)
         raise
@@ -66,7 +70,7 @@ def create() -> int:
 
 class _Mapping:
     def __init__(self, descriptor: int) -> None:
-        self._map = mmap.mmap(descriptor, _DATA + SIZE)
+        self._map = mmap.mmap(descriptor, WHOLE)
         self.bytes = memoryview(self._map)
         self.words = self.bytes[:_FLAGS].cast("q")
         self.times = self.bytes[:_FLAGS].cast("d")
@@ -78,7 +82,7 @@ class Arena(_Mapping):
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor)
         self._starts = [_DATA]  # free ranges, sorted and never adjacent
-        self._stops = [_DATA + SIZE]
+        self._stops = [WHOLE]
         self._placed: dict[int, int] = {}
         self._sweep_at = 2
 
@@ -174,7 +178,7 @@ class Window(_Mapping):
         for offset, size in sorted(self._lent.copy().items()):
             self._remove(begin, offset)
             begin = offset + _whole_pages(size)
-        self._remove(begin, _DATA + SIZE)
+        self._remove(begin, WHOLE)
 
     def _returned(self, offset: int) -> None:
         if os.getpid() != self._owner:

@@ -7,7 +7,7 @@ cross by DLPack, without a copy where the memory is the processor's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite, prod
 from typing import Any
 
@@ -17,10 +17,11 @@ from penstock.errors import GradientRejected, PlanError
 from penstock.train import kernels
 from penstock.train.kernels import Array
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "first_bad_plainly"]
 
 _ONLY = "the only one"  # the name of a parameter that is all there is, in messages
 _KINDS = ("float32", "float64")
+_BLOCK = 1 << 15
 
 
 class Layout:
@@ -50,9 +51,14 @@ class Layout:
         self._tree = _named(params, "")
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many numbers each parameter has."""
+        return tuple(prod(shape) for shape in self.shapes)
+
+    @property
     def bytes(self) -> int:
         """What one set of the parameters takes."""
-        return sum(prod(shape) * kind.itemsize for shape, kind in zip(self.shapes, self.kinds, strict=True))
+        return sum(size * kind.itemsize for size, kind in zip(self.sizes, self.kinds, strict=True))
 
     def tree(self, vectors: Sequence[Array]) -> Any:
         """The parameters as they were given, on the memory of these vectors."""
@@ -90,18 +96,33 @@ class Layout:
             found.append(np.ascontiguousarray(array).reshape(-1))
         return found
 
-    def check_finite(self, vectors: Sequence[Array]) -> None:
-        """Raise GradientRejected for the first parameter with a gradient that is NaN or infinite."""
+    def check_finite(self, vectors: Sequence[Array], first_bad: Callable[[Array], int] | None = None) -> None:
+        """Raise GradientRejected for the first parameter with a gradient that is NaN or infinite.
+
+        ``first_bad``: finds the first such element of a vector, or -1; by default with compiled loops.
+        """
+        find = _first_bad if first_bad is None else first_bad
         for name, shape, vector in zip(self.names, self.shapes, vectors, strict=True):
-            if isfinite(kernels.squares(vector)):
-                continue
-            at = kernels.first_bad(vector)
+            at = find(vector)
             if at >= 0:
                 place = [int(index) for index in np.unravel_index(at, shape)] if shape else []
                 raise GradientRejected(
                     name or _ONLY,
                     f"it is {vector[at]} at {place}. Lower the learning rate, or give the optimizer a clip=",
                 )
+
+
+def first_bad_plainly(vector: Array) -> int:
+    """The index of the first element that is NaN or infinite, or -1, for processes that compile nothing."""
+    for start in range(0, vector.size, _BLOCK):
+        block = np.isfinite(vector[start : start + _BLOCK])
+        if not block.all():
+            return start + int(block.argmin())
+    return -1
+
+
+def _first_bad(vector: Array) -> int:
+    return -1 if isfinite(kernels.squares(vector)) else kernels.first_bad(vector)
 
 
 def _leaves(tree: Any, name: str) -> Iterator[tuple[str, Any]]:

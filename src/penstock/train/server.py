@@ -1,38 +1,50 @@
 """ParameterServer: weights that many workers read and change at once, each at its own pace.
 
 *States.* A server is closed, or open inside ``async with``. There is one set of weights, of the optimizer's arrays, and
-one version, all behind one lock: whoever holds it reads or changes all three, and nothing in between is ever seen. A
-push is checked before the lock is taken, so that what can fail has failed before anything changes.
+one version, all behind one lock (``train/weights.py``). A push is checked before the lock is taken, so that what can
+fail has failed before anything changes.
 
-*Where.* Small models are worked on at once, on the thread that asks. Large ones (a copy takes longer than a hop) on a
-thread of the server's own, in the order in which they were asked, and the event loop goes on meanwhile.
+*Threads.* Small models are worked on at once, on the thread that asks. Large ones (a copy takes longer than a hop) on
+the server's *desk*, in the order in which they were asked, and the event loop goes on meanwhile. Another thread, the
+*disk*, has the checkpoint, so that nothing waits for it; with ``place="shared"``, a third answers other processes.
 
-*Cancelling.* A pull leaves nothing behind. A push is applied or isn't, never in part: one that was handed to the thread
-is applied whoever waits for it, and the version says so.
+*Cancelling.* A pull leaves nothing behind. A push is applied or isn't, never in part: one that was handed to a thread
+is applied whoever waits for it, and the version says so. A cancelled ``fit`` stops the workers, applies nothing more,
+and makes a checkpoint of what was applied.
+
+*The checkpoint.* It is read when the server opens and written while it trains. Weights and progress belong together:
+while ``fit`` runs, it alone saves. What ``push`` changes outside of it is saved as often as the checkpoint asks, and at
+the end.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
+import time
 from collections.abc import Callable
-from typing import Any, Self, TypeVar
-
-import numpy as np
+from typing import Any, Literal, Self, TypeVar
 
 from penstock.errors import Closed, PlanError
 from penstock.flow.blocking import Desk
-from penstock.train.consistency import ASP
-from penstock.train.kernels import Array
+from penstock.flow.flow import Flow
+from penstock.place.base import cores
+from penstock.train.checkpoint import Checkpoint, as_checkpoint
+from penstock.train.consistency import ASP, Consistency
+from penstock.train.fit import Fit, check_fit, job_of, threads_of
+from penstock.train.handle import AT_ONCE, Handle, handle_of
+from penstock.train.learner import Learner
 from penstock.train.optimizer import SGD, Optimizer
-from penstock.train.params import Layout
+from penstock.train.report import TrainingReport, training_report
+from penstock.train.shared import Listener
+from penstock.train.store import Store
+from penstock.train.tickets import Tickets
+from penstock.train.weights import Weights
 
 __all__ = ["ParameterServer"]
 
 T = TypeVar("T")
 
-_AT_ONCE = 1 << 20  # bytes of parameters up to which work is done on the asking thread: about 0.1 ms
-_STALEST = 1000
+_PLACES = ("local", "shared")
 
 
 class ParameterServer:
@@ -42,12 +54,20 @@ class ParameterServer:
     cross by DLPack (PyTorch's, JAX's). ``optimizer``: ``SGD(0.01)`` by default; it runs in the server, in place, once
     for each push, so that momentum and means are those of all workers together.
 
-    ``consistency``: ``ASP()``, nobody waits for anybody: a push changes the weights as they are now, whatever version
-    it was computed from. How much they had changed meanwhile, its *staleness*, is counted; see ``ASP`` for what else
-    may be done about it.
+    ``consistency``: how far workers may be apart in ``fit``. ``ASP()``, the default: nobody waits for anybody, and how
+    many updates late a gradient is, its *staleness*, is counted; see ``ASP`` for what else may be done about it.
+    ``SSP(s)``: nobody gets further ahead than so many rounds. ``BSP()``: rounds, and the same bits every time.
+
+    ``place``: where workers are. ``"local"``: in threads of this process (an ``async def`` on its loop). ``"shared"``:
+    in processes, which get the parameters through shared memory; the server can then be taken into the functions of any
+    flow's process stage, and be pulled from and pushed to there.
+
+    ``checkpoint``: a directory (or a ``Checkpoint``, which also says how often), in which weights and the progress of
+    ``fit`` are kept. A server that finds one there goes on from it.
 
     It belongs to no event loop: it may be used from several at once. Raises PlanError for parameters that can't be
-    trained; ``async with`` raises MissingDependency where numba isn't installed.
+    trained; ``async with`` raises MissingDependency where numba isn't installed, and CheckpointRejected for a
+    checkpoint of another model.
 
     >>> import asyncio, numpy as np, penstock as ps
     >>> async def main() -> None:
@@ -60,74 +80,133 @@ class ParameterServer:
     [-0.1 -0.1 -0.1]
     """
 
-    def __init__(self, params: Any, optimizer: Optimizer | None = None, consistency: ASP | None = None) -> None:
+    def __init__(
+        self,
+        params: Any,
+        optimizer: Optimizer | None = None,
+        consistency: Consistency | None = None,
+        place: Literal["local", "shared"] = "local",
+        checkpoint: str | Checkpoint | None = None,
+    ) -> None:
         optimizer = SGD(lr=0.01) if optimizer is None else optimizer
         if not isinstance(optimizer, Optimizer):
             raise PlanError(
                 f"ParameterServer(optimizer={optimizer!r:.60})", "Give ps.SGD(…), ps.Adam(…) or ps.AdamW(…)"
             )
         consistency = ASP() if consistency is None else consistency
-        if not isinstance(consistency, ASP):
-            raise PlanError(f"ParameterServer(consistency={consistency!r:.60})", "Give ps.ASP(), or leave it out")
+        if not isinstance(consistency, Consistency):
+            raise PlanError(f"ParameterServer(consistency={consistency!r:.60})", "Give ps.ASP(), ps.SSP(3) or ps.BSP()")
+        if place not in _PLACES:
+            raise PlanError(f"ParameterServer(place={place!r})", f"Give one of {', '.join(map(repr, _PLACES))}")
         self.optimizer = optimizer
         self.consistency = consistency
-        self._layout = Layout(params)
-        self._weights = [vector.copy() for vector in self._layout.vectors(params)]
-        self._states = [[np.zeros_like(vector) for vector in self._weights] for _ in optimizer.slots]
-        self._version = 0
-        self._staleness: Counter[int] = Counter()
-        self._dropped = 0
+        self.place = place
+        self.checkpoint = as_checkpoint(checkpoint)
+        self._weights = Weights(params, optimizer, consistency)
+        self._refusal = None if isinstance(consistency, ASP) else _no_ticket(consistency)
         self._lock = threading.Lock()
         self._opened = 0
         self._desk: Desk | None = None
+        self._disk: Desk
+        self._store: Store | None = None
+        self._saved_at = 0.0
+        self._listener: Listener | None = None
+        self._fitting = False
 
     @property
     def version(self) -> int:
-        """How many pushes were applied."""
-        return self._version
+        """How many updates there were: one for each push that was applied, or for each round."""
+        return self._weights.version
 
     @property
     def staleness(self) -> dict[int, int]:
-        """How many pushes that were applied were how stale: the updates between a push's version and itself.
+        """How many gradients that were applied were how stale: the updates between a gradient's version and itself.
 
         What was staler than 1,000 is counted there.
         """
-        with self._lock:
-            return dict(sorted(self._staleness.items()))
+        return self._weights.staleness
 
     @property
     def dropped(self) -> int:
-        """How many pushes were too stale to be applied."""
-        return self._dropped
+        """How many gradients were too stale to be applied."""
+        return self._weights.dropped
 
     def __repr__(self) -> str:
-        return f"ParameterServer({len(self._layout.names)} parameters, {self.optimizer!r}, version {self._version})"
+        return (
+            f"ParameterServer({len(self._weights.layout.names)} parameters, {self.optimizer!r}, version {self.version})"
+        )
+
+    def __reduce__(self) -> Any:
+        if self.place != "shared":
+            raise PlanError(
+                'a ParameterServer with place="local" was taken into another process',
+                'Make it with place="shared", or run the stage that uses it in threads',
+            )
+        if self._listener is None:
+            raise Closed("the parameter server")
+        return handle_of, (self._listener.address, self._weights.layout)
+
+    # -- opening and closing ----------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        """Compile what is needed, if it isn't yet. Cancelling leaves the server closed."""
-        desk = Desk("penstock-server")
-        try:
-            await desk.call(self.optimizer.prepare, *set(self._layout.kinds))
-        except BaseException:
-            await desk.close()
-            raise
+        """Compile what is needed, if it isn't yet, and read the checkpoint. Cancelling leaves the server closed.
+
+        Raises OutputInUse while another server has the checkpoint, CheckpointRejected for one of another model.
+        """
         with self._lock:
             self._opened += 1
-            if self._desk is None:
-                self._desk = desk
+            if self._opened > 1:
                 return self
-        await desk.close()
+        desk, disk = Desk("penstock-server"), Desk("penstock-checkpoint")
+        try:
+            await desk.call(self.optimizer.prepare, *set(self._weights.layout.kinds))
+            if self.checkpoint is not None:
+                self._store = Store(self.checkpoint, self._weights)
+                await disk.call(self._store.open)
+            if self.place == "shared":
+                self._listener = Listener(self._weights, self._refusal)
+        except BaseException:
+            await self._let_go(desk, disk)
+            raise
+        self._desk, self._disk = desk, disk
+        self._saved_at = time.monotonic()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Apply what was pushed, then close. Of several ``async with`` at once, the last one closes."""
+        """Apply what was pushed, save it, then close. Of several ``async with`` at once, the last one closes."""
         with self._lock:
             self._opened -= 1
-            desk = None if self._opened else self._desk
-            if desk is not None:
-                self._desk = None
+            if self._opened:
+                return
+        desk, self._desk = self._desk, None
         if desk is not None:
+            await self._let_go(desk, self._disk)
+
+    async def _let_go(self, desk: Desk, disk: Desk) -> None:
+        """Close what is open, each whatever became of the others."""
+        listener, self._listener = self._listener, None
+        store, self._store = self._store, None
+        try:
+            if listener is not None:
+                await desk.call(listener.close)
+        finally:
             await desk.close()
+            try:
+                if store is not None:
+                    await disk.call(self._close_store, store)
+            finally:
+                await disk.close()
+                with self._lock:
+                    self._opened = 0
+
+    def _close_store(self, store: Store) -> None:
+        try:
+            if 0 <= store.saved < self.version:
+                store.save(self._weights.snapshot())
+        finally:
+            store.close()
+
+    # -- pulling and pushing ----------------------------------------------------------------------------------------
 
     async def pull(self) -> tuple[Any, int]:
         """A copy of the parameters, in the form in which they were given, and their version.
@@ -135,8 +214,8 @@ class ParameterServer:
         All of them are of that version. The copy is the caller's, to be kept or changed. Raises Closed outside of
         ``async with``. Cancelling leaves nothing behind.
         """
-        vectors, version = await self._do(self._copy)
-        return self._layout.tree(vectors), version
+        vectors, version = await self._do(self._weights.copy)
+        return self._weights.layout.tree(vectors), version
 
     async def push(self, gradients: Any, *, version: int) -> int:
         """Apply gradients that were computed from the parameters of ``version``; returns the version afterwards.
@@ -145,38 +224,181 @@ class ParameterServer:
         only, and the caller's again on return.
 
         Raises GradientRejected, which names the parameter, for another form, shape or type, for NaN and infinity;
-        PlanError for a version that isn't there yet; Closed outside of ``async with``. Nothing is changed then.
-        Cancelled, it is applied as a whole or not at all; until the server is closed, its arrays may still be read.
+        PlanError for a version that isn't there yet, and for a server whose consistency asks for tickets, which only
+        ``fit`` gives out; Closed outside of ``async with``. Nothing is changed then. Cancelled, it is applied as a
+        whole or not at all; until the server is closed, its arrays may still be read.
         """
-        vectors = self._layout.vectors(gradients)
-        if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= self._version:
-            raise PlanError(
-                f"push(version={version!r}), and the server is at version {self._version}",
-                "Give the version that pull returned with the parameters",
-            )
-        return await self._do(self._apply, vectors, version)
+        vectors = self._checked(gradients, version)
+        found = await self._do(self._weights.push, vectors, version)
+        if self._is_due():
+            store = self._store
+            assert store is not None
+            snapshot = await self._do(self._weights.snapshot)
+            await self._disk.call(store.save, snapshot)
+        return found
+
+    def pull_sync(self) -> tuple[Any, int]:
+        """``pull`` for code that isn't async, from any thread."""
+        self._open_desk()
+        vectors, version = self._weights.copy()
+        return self._weights.layout.tree(vectors), version
+
+    def push_sync(self, gradients: Any, *, version: int) -> int:
+        """``push`` for code that isn't async, from any thread. It is saved with the next checkpoint that ``push``,
+        ``fit`` or closing makes."""
+        vectors = self._checked(gradients, version)
+        self._open_desk()
+        return self._weights.push(vectors, version)
+
+    def _checked(self, gradients: Any, version: Any) -> Any:
+        if self._refusal is not None:
+            raise self._refusal
+        vectors = self._weights.layout.vectors(gradients)
+        self._weights.check_version(version)
+        return vectors
+
+    def _is_due(self) -> bool:
+        """Whether what was pushed is to be saved now. Says so once."""
+        store, kept = self._store, self.checkpoint
+        if store is None or kept is None or self._fitting:
+            return False
+        enough = kept.updates is not None and self.version - store.saved >= kept.updates
+        now = time.monotonic()
+        if not enough and now - self._saved_at < kept.seconds:
+            return False
+        self._saved_at = now
+        return True
+
+    def _open_desk(self) -> Desk:
+        if self._desk is None:
+            raise Closed("the parameter server")
+        return self._desk
 
     async def _do(self, work: Callable[..., T], *args: Any) -> T:
-        desk = self._desk
-        if desk is None:
-            raise Closed("the parameter server")
-        if self._layout.bytes <= _AT_ONCE:
+        desk = self._open_desk()
+        if self._weights.layout.bytes <= AT_ONCE:
             return work(*args)
         return await desk.call(work, *args)
 
-    def _copy(self) -> tuple[list[Array], int]:
-        with self._lock:
-            return [vector.copy() for vector in self._weights], self._version
+    # -- training ---------------------------------------------------------------------------------------------------
 
-    def _apply(self, gradients: list[Array], version: int) -> int:
-        self._layout.check_finite(gradients)
+    async def fit(
+        self,
+        gradient: Callable[[Any, Any], Any],
+        flow: Flow[Any],
+        *,
+        workers: int | None = None,
+        epochs: int = 1,
+        shuffle: int | None = None,
+        collate: Callable[[Any], Any] | None = None,
+        evaluate: Callable[[Any], Any] | None = None,
+        stop: Callable[[list[Any]], Any] | None = None,
+        fresh: bool = False,
+        progress: bool | None = None,
+        until: Literal["drained"] | None = None,
+    ) -> TrainingReport:
+        """Train on a flow of batches: each is learned from once, by whichever worker is free. Returns the report.
+
+        ``gradient(params, batch)`` returns gradients in the form of ``params``, or ``(loss, gradients)``. A ``def`` or
+        an ``async def``. It is called in ``workers`` threads or processes at once (by default as many as there are
+        cores), with a copy of the parameters that is its own. Several steps at once are one gradient, too: with
+        ``SGD(lr=1)``, return what the parameters were, minus what they have become.
+
+        ``flow``: its outputs are the batches, for instance ``ps.Flow(samples).batch(64)``. ``epochs``: how often its
+        source is read; batches end with the epoch where the flow keeps the order. ``shuffle``: a seed, by which each
+        epoch has an order of its own; it needs a sequence. ``collate``: called with each batch in the worker, before
+        ``gradient``.
+
+        ``evaluate(params)`` is called after each epoch, with parameters as they were then, in a thread, and the
+        training goes on; it returns a number or a dict of numbers. ``stop(scores)``, called with all of these so far,
+        returns whether to stop; what was read by then is still learned from.
+
+        With a checkpoint, run again after a crash it goes on where it was: each sample counts as often as it was
+        applied, and was applied once an epoch. Under BSP or with one worker the parameters come out as they would have
+        without the crash, bit for bit; under ASP and SSP the same samples are applied to other parameters. A second
+        ``fit`` over another source keeps a progress of its own, under the flow's ``name``. ``fresh``: forget the
+        checkpoint, all of it. ``progress``: show it; by default where a person looks on. ``until="drained"``: over a
+        topic, end when nothing is left; by default such a training goes on until it is cancelled.
+
+        Raises what ``gradient`` raised, by default, with notes that name batch and stage (see ``on_error`` of
+        ``Flow``); GradientRejected for gradients that don't fit; PlanError, ResumeMismatch before anything starts;
+        Closed outside of ``async with``. Cancelling it ends the workers and saves what was applied.
+
+        >>> import asyncio, numpy as np, penstock as ps
+        >>> def gradient(w, batch):
+        ...     x = np.array(batch, np.float32)
+        ...     return float(((w - x) ** 2).mean()), 2 * (w - x).mean(axis=0, keepdims=True)
+        >>> async def main():
+        ...     async with ps.ParameterServer(np.zeros(1, np.float32), ps.SGD(lr=0.2)) as server:
+        ...         report = await server.fit(gradient, ps.Flow([3.0] * 64).batch(4), workers=2, epochs=2)
+        ...         print(report.samples, report.version, (await server.pull())[0].round(2))
+        >>> asyncio.run(main())
+        128 32 [3.]
+        """
+        given = Fit(
+            gradient,
+            flow,
+            cores() if workers is None else workers,
+            epochs,
+            shuffle,
+            collate,
+            evaluate,
+            stop,
+            self.consistency.in_rounds,
+        )
+        check_fit(given)
+        desk = self._open_desk()
         with self._lock:
-            stale = self._version - version
-            if self.consistency.drops(stale):
-                self._dropped += 1
-                return self._version
-            damping = self.consistency.damping(stale)
-            self.optimizer.update(self._weights, self._states, gradients, self._version, damping=damping)
-            self._staleness[min(stale, _STALEST)] += 1
-            self._version += 1
-            return self._version
+            if self._fitting:
+                raise PlanError("fit() was called while another fit of this server runs", "Await that one first")
+            self._fitting = True
+        try:
+            return await self._fit(given, desk, {"fresh": fresh, "progress": progress, "until": until})
+        finally:
+            self._fitting = False
+
+    async def _fit(self, given: Fit, desk: Desk, options: dict[str, Any]) -> TrainingReport:
+        weights = self._weights
+        tickets = Tickets(self.consistency, given.workers)
+        learner = Learner(
+            weights,
+            tickets,
+            self._store,
+            desk,
+            self._disk,
+            epochs=given.epochs,
+            evaluate=given.evaluate,
+            stop=given.stop,
+        )
+        shared = self._listener is not None
+        read = weights if self._listener is None else Handle(self._listener.address, weights.layout)
+        dropped, counts = weights.dropped, weights.staleness
+        try:
+            job = job_of(given, read, learner, tickets, shared=shared)
+            with threads_of(given, shared=shared):
+                async with job.start(**options) as run:
+                    began = weights.version
+                    report = await run.finish()
+            await learner.finish()
+        finally:
+            await learner.end()
+        late = {stale: count - counts.get(stale, 0) for stale, count in weights.staleness.items()}
+        return training_report(
+            report,
+            version=weights.version,
+            updates=weights.version - began,
+            dropped=weights.dropped - dropped,
+            samples=learner.samples,
+            loss=learner.loss,
+            scores=tuple(learner.scores),
+            stopped=learner.stopped,
+            staleness={stale: count for stale, count in late.items() if count},
+        )
+
+
+def _no_ticket(consistency: Consistency) -> PlanError:
+    name = type(consistency).__name__
+    return PlanError(
+        f"push() to a server with {name}: its gradients carry tickets, which fit gives out",
+        "Train with fit(), or make the server with ps.ASP()",
+    )

@@ -1,0 +1,135 @@
+"""Handle: a parameter server as another process sees it.
+
+``ParameterServer`` travels to other processes as its address; what arrives is a ``Handle``, one for each process and
+server. It connects when it is first used. Requests are made one after the other, from whichever thread; a request that
+was begun is waited for, so cancelling an ``await`` leaves it to finish in the background.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import threading
+from typing import Any
+
+import numpy as np
+
+from penstock.errors import Closed, PlanError
+from penstock.flow.blocking import Desk
+from penstock.train.kernels import Array
+from penstock.train.params import Layout
+from penstock.train.slot import FAILED, MESSAGE, PULL, PUSH, Slot
+
+__all__ = ["AT_ONCE", "Handle", "handle_of"]
+
+AT_ONCE = 1 << 20
+"""Bytes of parameters up to which work is done on the asking thread: about 0.1 ms."""
+
+_HIGHEST = 1 << 62
+
+_handles: dict[str, Handle] = {}
+_making = threading.Lock()
+
+
+def handle_of(address: str, layout: Layout) -> Handle:
+    """This process's handle of the server at that address."""
+    with _making:
+        if address not in _handles:
+            _handles[address] = Handle(address, layout)
+        return _handles[address]
+
+
+class Handle:
+    """Pulls and pushes as ``ParameterServer`` does, from another process. Raises Closed when the server is closed."""
+
+    def __init__(self, address: str, layout: Layout) -> None:
+        self.layout = layout
+        self._address = address
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._slot: Slot
+        self._desk = Desk("penstock-handle")
+
+    def __reduce__(self) -> Any:
+        return handle_of, (self._address, self.layout)
+
+    def __repr__(self) -> str:
+        return f"ParameterServer({len(self.layout.names)} parameters, in another process)"
+
+    async def pull(self) -> tuple[Any, int]:
+        """A copy of the parameters, and their version. See ``ParameterServer.pull``."""
+        if self.layout.bytes <= AT_ONCE:
+            return self.pull_sync()
+        return await self._desk.call(self.pull_sync)
+
+    async def push(self, gradients: Any, *, version: int) -> int:
+        """Apply gradients; returns the version afterwards. See ``ParameterServer.push``."""
+        if self.layout.bytes <= AT_ONCE:
+            return self.push_sync(gradients, version=version)
+        return await self._desk.call(self.push_sync, gradients, version=version)
+
+    def pull_sync(self) -> tuple[Any, int]:
+        """``pull`` for code that isn't async."""
+        vectors, version = self.copy()
+        return self.layout.tree(vectors), version
+
+    def push_sync(self, gradients: Any, *, version: int) -> int:
+        """``push`` for code that isn't async."""
+        vectors = self.layout.vectors(gradients)
+        if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < _HIGHEST:
+            raise PlanError(f"push(version={version!r})", "Give the version that pull returned with the parameters")
+        with self._lock:
+            connected = self._connected()
+            for target, vector in zip(self._slot.vectors, vectors, strict=True):
+                np.copyto(target, vector)
+            return self._ask(connected, PUSH, version)
+
+    def copy(self) -> tuple[list[Array], int]:
+        """A copy of the weights as vectors, all of one version."""
+        with self._lock:
+            version = self._ask(self._connected(), PULL, 0)
+            return [vector.copy() for vector in self._slot.vectors], version
+
+    def _connected(self) -> socket.socket:
+        if self._socket is not None:
+            return self._socket
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connected.connect(self._address)
+            _, descriptors, _, _ = socket.recv_fds(connected, MESSAGE.size, 1)
+            if not descriptors:
+                raise Closed("the parameter server")
+            self._slot = Slot(descriptors[0], self.layout)
+        except OSError:
+            connected.close()
+            raise Closed("the parameter server") from None
+        except BaseException:
+            connected.close()
+            raise
+        self._socket = connected
+        return connected
+
+    def _ask(self, connected: socket.socket, what: bytes, version: int) -> int:
+        """Ask, and wait for the answer. An interrupt in between leaves the socket closed: the answer is lost."""
+        try:
+            connected.sendall(MESSAGE.pack(what, version))
+            kind, number = MESSAGE.unpack(self._received(connected, MESSAGE.size))
+            told = self._received(connected, number) if kind == FAILED else b""
+        except BaseException as error:
+            self._socket = None
+            connected.close()
+            if isinstance(error, OSError):
+                raise Closed("the parameter server") from None
+            raise
+        if kind == FAILED:
+            raise pickle.loads(told)
+        return int(number)
+
+    def _received(self, connected: socket.socket, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            more = connected.recv(count - len(data))
+            if not more:
+                raise ConnectionResetError
+            data += more
+        return data
