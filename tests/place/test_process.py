@@ -580,6 +580,10 @@ class Recorder:
             raise Teapot(code=1)
         if fault == "exit":
             os._exit(7)
+        if fault == "kill" or (fault == "kill once" and not os.path.exists(path)):
+            with open(path, "a") as file:
+                file.write("killed\n")
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def __call__(self, x: int) -> int:
         return x
@@ -615,6 +619,18 @@ def test_what_a_constructor_raises_comes_out_of_open() -> None:
                 raise AssertionError
 
     go(main)
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_replaced(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Rig(per_worker(Recorder, str(tmp_path / "once"), "kill once"), workers=2) as rig:
+            assert [task.value for task in await rig.run([1, 2])] == [1, 2]
+        with pytest.raises(WorkerDied, match="killed by signal 9"):
+            async with Rig(per_worker(Recorder, str(tmp_path / "ever"), "kill")):
+                raise AssertionError
+
+    go(main)
+    assert len((tmp_path / "ever").read_text().split()) == 10
 
 
 def test_what_close_raises_comes_out_of_close() -> None:

@@ -11,8 +11,9 @@ takes 5 ms or the running chunk has been silent for so long, because what is sen
 *A worker's end.* Everything it had sent is heard first. If it had stamped a task that isn't back, that one is
 charged: DIED, or what it was condemned for (its timeout, a part that can't be read). All others return to the front
 of ``_waiting``: those it hadn't started, and those it had finished but not sent, which run again. (A stream's task
-that handed over parts is never taken back: it is charged too.) A new worker takes the number. Workers that end
-three times in a row, before any result came back and with nothing stamped, make the pool fail.
+that handed over parts is never taken back: it is charged too.) A new worker takes the number. Workers that end by
+themselves while their objects are being built, or three times in a row, before any result came back and with nothing
+stamped, make the pool fail. Who is killed (SIGKILL, by whomever) has done nothing wrong, but ten in a row are too many.
 
 *Timeouts.* One timer a worker, set for the earliest instant at which the step it may be in could be over time. When
 it fires, the stamp says what the worker does and since when; then the worker is killed or the timer set again.
@@ -28,6 +29,7 @@ import asyncio
 import logging
 import math
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -54,6 +56,7 @@ _SLOW = 0.005
 
 _PARTS_OUT = 2
 _DEATHS = 3
+_KILLS = 10
 _log = logging.getLogger("penstock")
 
 
@@ -417,11 +420,11 @@ class ProcessPool(Pool):
             return
         if charged is None and link.condemned is None:
             self._deaths += 1
-            if self._opening is not None:
-                self._fail(WorkerDied(self.chain.name, code, "the building of its objects"))
-                return
-            if self._deaths >= _DEATHS:
-                self._fail(WorkerDied(self.chain.name, code, f"nothing yet, like the {_DEATHS - 1} before it"))
+            most = _KILLS if code == -signal.SIGKILL else _DEATHS if self._opening is None else 1
+            if self._deaths >= most:
+                doing = "nothing yet" if self._opening is None else "the building of its objects"
+                others = f", like the {most - 1} before it" if most > 1 else ""
+                self._fail(WorkerDied(self.chain.name, code, f"{doing}{others}"))
                 return
         try:
             self._links[link.index] = self._spawn(link.index)
