@@ -1,8 +1,8 @@
 """Training that is killed: workers, the whole process, and in the middle of a checkpoint; and then run again.
 
-Each sample has a gradient that is 1 at its own place, so the weights say how often each one was applied. Beside it there
-is a walk, whose every step depends on where it is: it comes out the same, bit for bit, only if everything was applied
-once, in the same order, to the same parameters.
+Each sample has a gradient that is 1 at its own place, so the weights say how often each one was applied. Beside it
+there is a walk, whose every step depends on where it is: it comes out the same, bit for bit, only if everything was
+applied once, in the same order, to the same parameters.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def test_every_sample_counts_once_an_epoch_whatever_is_killed(
 STEPS = [("replace", False), ("replace", True), ("save", False), ("save", True), ("_remove_stray", False)]
 
 
-@pytest.mark.parametrize(("where", "after"), STEPS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("where", "after"), STEPS, ids=str)
 def test_a_kill_in_the_middle_of_a_checkpoint(where: str, after: bool, tmp_path: Path, quiet: Path) -> None:
     case = {"place": "local", "consistency": "ASP", "workers": 1, "seconds": 0, "updates": 10}
     training = Training(tmp_path / "killed", **case)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -17,24 +18,33 @@ from penstock.errors import Closed, GradientRejected, PlanError
 from penstock.testing import run_virtual
 
 LARGE = 1 << 19  # elements: more than is worked on at once on the loop
+PLACES = ["local", "shared"]
+
+
+def seen_from(place: str, server: ps.ParameterServer) -> Any:
+    """The server as its workers see it: in processes by a handle, which is what arrives there."""
+    return server if place == "local" else pickle.loads(pickle.dumps(server))
 
 
 @settings(max_examples=30, deadline=None)
 @given(
     schedules=st.lists(st.lists(st.integers(0, 5), max_size=6), min_size=1, max_size=5),
     kind=st.sampled_from([np.float32, np.float64]),
+    place=st.sampled_from(PLACES),
 )
-def test_no_gradient_is_lost_under_any_schedule(schedules: list[list[int]], kind: Any) -> None:
+def test_no_gradient_is_lost_under_any_schedule(schedules: list[list[int]], kind: Any, place: Any) -> None:
     """Integer gradients at rate 1: the weights are exactly minus their sum, the version is their number."""
 
     async def main() -> None:
-        async with ps.ParameterServer({"a": np.zeros(3, kind), "b": np.zeros((2, 2), kind)}, ps.SGD(lr=1)) as server:
+        params = {"a": np.zeros(3, kind), "b": np.zeros((2, 2), kind)}
+        async with ps.ParameterServer(params, ps.SGD(lr=1), place=place) as server:
 
             async def worker(number: int, waits: list[int]) -> None:
+                seen = seen_from(place, server)
                 for wait in waits:
-                    _, version = await server.pull()
+                    _, version = await seen.pull()
                     await asyncio.sleep(wait)
-                    await server.push({"a": np.full(3, number + 1, kind), "b": np.ones((2, 2), kind)}, version=version)
+                    await seen.push({"a": np.full(3, number + 1, kind), "b": np.ones((2, 2), kind)}, version=version)
 
             await asyncio.gather(*(worker(number, waits) for number, waits in enumerate(schedules)))
             params, version = await server.pull()
@@ -47,12 +57,14 @@ def test_no_gradient_is_lost_under_any_schedule(schedules: list[list[int]], kind
 
 @pytest.mark.parametrize("optimizer", [ps.SGD(lr=0.1), ps.SGD(lr=0.1, momentum=0.9), ps.Adam(1e-2), ps.AdamW(1e-2)])
 @pytest.mark.parametrize("size", [5, LARGE])
-def test_one_worker_is_bitwise_a_plain_loop(optimizer: Any, size: int) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_one_worker_is_bitwise_a_plain_loop(optimizer: Any, size: int, place: Any) -> None:
     async def main() -> Any:
-        async with ps.ParameterServer(np.linspace(-1, 1, size, dtype=np.float32), optimizer) as server:
+        async with ps.ParameterServer(np.linspace(-1, 1, size, dtype=np.float32), optimizer, place=place) as server:
+            seen = seen_from(place, server)
             for _ in range(3):
-                params, version = await server.pull()
-                await server.push(np.sin(params), version=version)
+                params, version = await seen.pull()
+                await seen.push(np.sin(params), version=version)
             return (await server.pull())[0]
 
     weights = np.linspace(-1, 1, size, dtype=np.float32)
@@ -139,7 +151,8 @@ def test_a_policy_out_of_range_is_refused(given: Any) -> None:
 
 
 @pytest.mark.parametrize("late", [1, 3, 7, 15])
-def test_the_critical_rate_at_a_delay_is_that_of_the_theory(late: int) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_the_critical_rate_at_a_delay_is_that_of_the_theory(late: int, place: Any) -> None:
     """On a quadratic, plain SGD with gradients that are τ late is stable up to rate × curvature = 2 sin(π / (4τ + 2)).
 
     Each parameter is a quadratic of its own: those 3 % below shrink, those 3 % above grow.
@@ -149,13 +162,14 @@ def test_the_critical_rate_at_a_delay_is_that_of_the_theory(late: int) -> None:
     steps = 250 * (late + 1)
 
     async def main() -> None:
-        async with ps.ParameterServer(np.ones(len(shares)), ps.SGD(lr=1)) as server:
-            seen = deque([await server.pull()], maxlen=late + 1)
+        async with ps.ParameterServer(np.ones(len(shares)), ps.SGD(lr=1), place=place) as server:
+            worker = seen_from(place, server)
+            seen = deque([await worker.pull()], maxlen=late + 1)
             sizes = []
             for _ in range(steps):
                 params, version = seen[0]
-                await server.push(critical * shares * params, version=version)
-                seen.append(await server.pull())
+                await worker.push(critical * shares * params, version=version)
+                seen.append(await worker.pull())
                 sizes.append(np.abs(seen[-1][0]))
             window = 8 * (late + 1)
             early, last = np.max(sizes[window : 2 * window], axis=0), np.max(sizes[-window:], axis=0)
@@ -194,13 +208,16 @@ BAD = {
 
 
 @pytest.mark.parametrize(("spoil", "words"), BAD.values(), ids=BAD.keys())
-def test_a_gradient_that_cant_be_applied_is_named_and_changes_nothing(spoil: Callable[[Any], Any], words: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_a_gradient_that_cant_be_applied_is_named_and_changes_nothing(
+    spoil: Callable[[Any], Any], words: str, place: Any
+) -> None:
     async def main() -> None:
         params = {"layer": {"w": np.zeros((2, 3), np.float32)}, "b": np.zeros(2, np.float32)}
         good = {"layer": {"w": np.ones((2, 3), np.float32)}, "b": np.ones(2, np.float32)}
-        async with ps.ParameterServer(params, ps.SGD(lr=1)) as server:
+        async with ps.ParameterServer(params, ps.SGD(lr=1), place=place) as server:
             with pytest.raises(GradientRejected, match=words):
-                await server.push(spoil(good), version=0)
+                await seen_from(place, server).push(spoil(good), version=0)
             found, version = await server.pull()
             assert version == 0
             assert not found["layer"]["w"].any()
@@ -224,12 +241,14 @@ def test_what_cant_be_trained_is_refused(params: Any, words: str) -> None:
         ps.ParameterServer(params)
 
 
-@pytest.mark.parametrize("version", [-1, 1, True, 0.0, None])
-def test_a_version_that_isnt_there_yet_is_refused(version: Any) -> None:
+@pytest.mark.parametrize("version", [-1, 1, 1 << 80, True, 0.0, None])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_version_that_isnt_there_yet_is_refused(version: Any, place: Any) -> None:
     async def main() -> None:
-        async with ps.ParameterServer(np.zeros(1)) as server:
-            with pytest.raises(PlanError, match="the server is at version 0"):
-                await server.push(np.ones(1), version=version)
+        async with ps.ParameterServer(np.zeros(1), place=place) as server:
+            with pytest.raises(PlanError, match=f"push\\(version={version}\\)"):
+                await seen_from(place, server).push(np.ones(1), version=version)
+            assert server.version == 0
 
     asyncio.run(main())
 

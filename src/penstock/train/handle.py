@@ -7,15 +7,16 @@ was begun is waited for, so cancelling an ``await`` leaves it to finish in the b
 
 from __future__ import annotations
 
+import asyncio
 import pickle
 import socket
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
 
 from penstock.errors import Closed, PlanError
-from penstock.flow.blocking import Desk
 from penstock.train.kernels import Array
 from penstock.train.params import Layout
 from penstock.train.slot import FAILED, MESSAGE, PULL, PUSH, Slot
@@ -27,28 +28,32 @@ AT_ONCE = 1 << 20
 
 _HIGHEST = 1 << 62
 
-_handles: dict[str, Handle] = {}
+_handles: weakref.WeakValueDictionary[str, Handle] = weakref.WeakValueDictionary()
 _making = threading.Lock()
 
 
 def handle_of(address: str, layout: Layout) -> Handle:
     """This process's handle of the server at that address."""
     with _making:
-        if address not in _handles:
-            _handles[address] = Handle(address, layout)
-        return _handles[address]
+        handle = _handles.get(address)
+        if handle is None:
+            handle = _handles[address] = Handle(address, layout)
+        return handle
 
 
 class Handle:
     """Pulls and pushes as ``ParameterServer`` does, from another process. Raises Closed when the server is closed."""
 
     def __init__(self, address: str, layout: Layout) -> None:
+        self._socket: socket.socket | None = None
         self.layout = layout
         self._address = address
         self._lock = threading.Lock()
-        self._socket: socket.socket | None = None
         self._slot: Slot
-        self._desk = Desk("penstock-handle")
+
+    def __del__(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
 
     def __reduce__(self) -> Any:
         return handle_of, (self._address, self.layout)
@@ -60,13 +65,13 @@ class Handle:
         """A copy of the parameters, and their version. See ``ParameterServer.pull``."""
         if self.layout.bytes <= AT_ONCE:
             return self.pull_sync()
-        return await self._desk.call(self.pull_sync)
+        return await asyncio.to_thread(self.pull_sync)
 
     async def push(self, gradients: Any, *, version: int) -> int:
         """Apply gradients; returns the version afterwards. See ``ParameterServer.push``."""
         if self.layout.bytes <= AT_ONCE:
             return self.push_sync(gradients, version=version)
-        return await self._desk.call(self.push_sync, gradients, version=version)
+        return await asyncio.to_thread(self.push_sync, gradients, version=version)
 
     def pull_sync(self) -> tuple[Any, int]:
         """``pull`` for code that isn't async."""

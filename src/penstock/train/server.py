@@ -1,8 +1,9 @@
 """ParameterServer: weights that many workers read and change at once, each at its own pace.
 
-*States.* A server is closed, or open inside ``async with``. There is one set of weights, of the optimizer's arrays, and
-one version, all behind one lock (``train/weights.py``). A push is checked before the lock is taken, so that what can
-fail has failed before anything changes.
+*States.* A server is closed, opening, open (inside ``async with``, of which there may be several) or closing; whoever
+comes in between waits for the change to be over, and then looks again. There is one set of weights, of the optimizer's
+arrays, and one version, all behind one lock (``train/weights.py``). A push is checked before the lock is taken, so that
+what can fail has failed before anything changes.
 
 *Threads.* Small models are worked on at once, on the thread that asks. Large ones (a copy takes longer than a hop) on
 the server's *desk*, in the order in which they were asked, and the event loop goes on meanwhile. Another thread, the
@@ -25,7 +26,8 @@ from collections.abc import Callable
 from typing import Any, Literal, Self, TypeVar
 
 from penstock.errors import Closed, PlanError
-from penstock.flow.blocking import Desk
+from penstock.flow.blocking import Desk, Ending
+from penstock.flow.commit import uninterrupted
 from penstock.flow.flow import Flow
 from penstock.place.base import cores
 from penstock.train.checkpoint import Checkpoint, as_checkpoint
@@ -106,6 +108,7 @@ class ParameterServer:
         self._refusal = None if isinstance(consistency, ASP) else _no_ticket(consistency)
         self._lock = threading.Lock()
         self._opened = 0
+        self._changing: Ending | None = None  # set while it is being opened or closed
         self._desk: Desk | None = None
         self._disk: Desk
         self._store: Store | None = None
@@ -153,10 +156,16 @@ class ParameterServer:
 
         Raises OutputInUse while another server has the checkpoint, CheckpointRejected for one of another model.
         """
-        with self._lock:
-            self._opened += 1
-            if self._opened > 1:
-                return self
+        while True:
+            with self._lock:
+                changing = self._changing
+                if changing is None:
+                    self._opened += 1
+                    if self._opened > 1:
+                        return self
+                    mine = self._changing = Ending()
+                    break
+            await changing.awaited()
         desk, disk = Desk("penstock-server"), Desk("penstock-checkpoint")
         try:
             await desk.call(self.optimizer.prepare, *set(self._weights.layout.kinds))
@@ -165,22 +174,35 @@ class ParameterServer:
                 await disk.call(self._store.open)
             if self.place == "shared":
                 self._listener = Listener(self._weights, self._refusal)
+            self._saved_at = time.monotonic()
+            self._desk, self._disk = desk, disk
         except BaseException:
-            await self._let_go(desk, disk)
+            self._opened = 0
+            await uninterrupted(self._let_go(desk, disk))
             raise
-        self._desk, self._disk = desk, disk
-        self._saved_at = time.monotonic()
+        finally:
+            self._changed(mine)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Apply what was pushed, save it, then close. Of several ``async with`` at once, the last one closes."""
         with self._lock:
             self._opened -= 1
-            if self._opened:
+            desk = self._desk
+            if self._opened or desk is None:
                 return
-        desk, self._desk = self._desk, None
-        if desk is not None:
-            await self._let_go(desk, self._disk)
+            self._desk = None
+            mine = self._changing = Ending()
+        try:
+            await uninterrupted(self._let_go(desk, self._disk))
+        finally:
+            self._changed(mine)
+
+    def _changed(self, mine: Ending) -> None:
+        """The server is open, or closed: whoever waits for that looks again."""
+        with self._lock:
+            self._changing = None
+        mine.over()
 
     async def _let_go(self, desk: Desk, disk: Desk) -> None:
         """Close what is open, each whatever became of the others."""
@@ -196,8 +218,6 @@ class ParameterServer:
                     await disk.call(self._close_store, store)
             finally:
                 await disk.close()
-                with self._lock:
-                    self._opened = 0
 
     def _close_store(self, store: Store) -> None:
         try:

@@ -100,24 +100,25 @@ def _taken_apart(result: Any) -> tuple[float | None, Any]:
     if len(result) != 2:
         raise GradientRejected("", f"{len(result)} values were returned. Return gradients, or (loss, gradients)")
     loss, gradients = result
-    if not _is_scalar(loss):
-        if _is_scalar(gradients) and not isinstance(gradients, Mapping):
+    number = _number(loss)
+    if number is None:
+        if _number(gradients) is not None:
             raise GradientRejected("", "(gradients, loss) was returned. Return (loss, gradients)")
         told = f"({type(loss).__name__}, {type(gradients).__name__}) was returned"
         raise GradientRejected("", f"{told}. Return (loss, gradients), the loss a number")
-    return float(loss), gradients
+    return number, gradients
 
 
-def _is_scalar(value: Any) -> bool:
-    """Whether it is a number, of whatever library."""
-    if isinstance(value, Mapping):
-        return False
-    shape = getattr(value, "shape", ())
+def _number(value: Any) -> float | None:
+    """The number that it is, of whatever library; None if it is none."""
+    if isinstance(value, (Mapping, str)):
+        return None
     try:
-        float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    return all(length == 1 for length in shape)
+        if getattr(value, "shape", ()) != ():
+            return float(value.item())
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return None
 
 
 def one_thread_each() -> None:
