@@ -42,6 +42,8 @@ BENCHMARKS = (
     "events_consume",
     "events_idle",
     "train_kernels",
+    "train_latency",
+    "train_straggler",
     "train_staleness",
 )
 STORE = HERE / "results.json"

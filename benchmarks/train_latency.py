@@ -162,11 +162,11 @@ def run() -> Outcome:
     visible.met = found["visible / trip"] <= MOST_VISIBLE
     proxied = Row("the same: visible", told("visible"), "a manager's proxy", told("manager"))
     proxied.ratio = times(found["manager"] / found["visible"])
-    remarks = [
+    remark = (
         f"Of the time until it is published, {told('in slot')} go by until the gradient is in shared memory; the rest "
         "is the system call that sends the message, which wakes the server before it returns."
-    ]
-    return Outcome([published, visible, proxied], remarks=remarks)
+    )
+    return Outcome([published, visible, proxied], remarks=[remark])
 
 
 if __name__ == "__main__":

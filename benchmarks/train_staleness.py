@@ -9,62 +9,37 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+import digits
+from digits import BATCH
 from harness import Figures, Outcome, Picture, Row, main, measure, need
 
 DELAYS = (0, 4, 8, 16, 32)
 SEEDS = 5
 UPDATES = 1500
-BATCH = 16
 RULES = {"SGD, rate 0.2": (0.2, 0.0), "momentum 0.9, rate 0.05": (0.05, 0.9), "SGD, rate 0.05": (0.05, 0.0)}
 AT, LEAST = 16, 92.0
 
 
 def accuracy(rule: str, delay: int, scale: bool, seed: int) -> float:
     """Percent of the held-out digits that are told after training."""
-    import numpy as np
-    from sklearn.datasets import load_digits
-
     import penstock as ps
 
-    images, digits = load_digits(return_X_y=True)
-    dice = np.random.default_rng(seed)
-    order = dice.permutation(len(images))
-    images, digits = (images[order] / 16).astype(np.float32), digits[order]
-    held = len(images) // 5
-    params = {
-        "hidden": {"w": dice.normal(0, 1 / 8, (64, 64)).astype(np.float32), "b": np.zeros(64, np.float32)},
-        "out": {"w": dice.normal(0, 1 / 8, (64, 10)).astype(np.float32), "b": np.zeros(10, np.float32)},
-    }
-
-    def forward(params: dict, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        hidden = np.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"])
-        return hidden, hidden @ params["out"]["w"] + params["out"]["b"]
-
-    def gradient(params: dict, x: np.ndarray, y: np.ndarray) -> dict:
-        hidden, scores = forward(params, x)
-        errors = np.exp(scores - scores.max(axis=1, keepdims=True))
-        errors /= errors.sum(axis=1, keepdims=True)
-        errors[np.arange(len(y)), y] -= 1
-        errors /= len(y)
-        back = (errors @ params["out"]["w"].T) * (1 - hidden * hidden)
-        return {
-            "hidden": {"w": x.T @ back, "b": back.sum(axis=0)},
-            "out": {"w": hidden.T @ errors, "b": errors.sum(axis=0)},
-        }
+    given = digits.load(seed)
 
     async def train() -> dict:
         rate, momentum = RULES[rule]
-        async with ps.ParameterServer(params, ps.SGD(rate, momentum=momentum), ps.ASP(scale=scale)) as server:
+        async with ps.ParameterServer(given.params, ps.SGD(rate, momentum=momentum), ps.ASP(scale=scale)) as server:
             seen = deque([await server.pull()], maxlen=delay + 1)
             for _ in range(UPDATES):
-                chosen = dice.integers(held, len(images), BATCH)
+                chosen = given.dice.integers(0, len(given.images), BATCH)
                 stale, version = seen[0]
-                await server.push(gradient(stale, images[chosen], digits[chosen]), version=version)
+                gradient = digits.gradient(stale, given.images[chosen], given.digits[chosen])
+                await server.push(gradient, version=version)
                 seen.append(await server.pull())
             return seen[-1][0]
 
-    _, scores = forward(asyncio.run(train()), images[:held])
-    return float(100 * (scores.argmax(axis=1) == digits[:held]).mean())
+    _, chances = digits.forward(asyncio.run(train()), given.held_images)
+    return float(100 * (chances.argmax(axis=1) == given.held_digits).mean())
 
 
 def train(rule: str, scale: bool) -> Figures:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from penstock.testing import run_virtual
+from penstock.train.tickets import Tickets
 
 CLASSICS = Path(__file__).resolve().parents[1] / "examples" / "classics"
 
@@ -73,3 +76,55 @@ def test_asynchronous_updates_end_with_all_gradients_and_nobody_waits() -> None:
     run_virtual(timed(classic.with_penstock))  # what is compiled on first use takes real time
     assert run_virtual(timed(classic.in_lock_step)) == pytest.approx(work.seconds.max(axis=0).sum())
     assert run_virtual(timed(classic.with_penstock)) == pytest.approx(work.seconds.sum(axis=1).max(), abs=0.5)
+
+
+def test_asynchronous_updates_keep_their_bound_in_both_placements(monkeypatch: pytest.MonkeyPatch) -> None:
+    classic = load("asynchronous_updates")
+    ahead: list[int] = []
+
+    class Watched(Tickets):
+        def start(self) -> int:
+            ticket = super().start()
+            ahead.append(ticket - min(self.out))
+            return ticket
+
+    monkeypatch.setattr("penstock.train.server.Tickets", Watched)
+    work = classic.Work()
+    assert np.allclose(run_virtual(classic.as_a_flow(work)), work.expected)
+    work = classic.Work(longest=0.02)
+    assert np.allclose(asyncio.run(classic.in_processes(work)), work.expected)
+    assert len(ahead) == 60
+    assert 0 < max(ahead) <= 3
+
+
+def test_asynchronous_updates_are_killed_and_go_on(tmp_path: Path) -> None:
+    """Killed with its workers in the middle, at the fourth checkpoint; then every step counts once."""
+    program = f"""
+import asyncio, os, signal, sys
+sys.path.insert(0, {str(CLASSICS)!r})
+import asynchronous_updates as classic, penstock as ps
+from penstock.train.store import Store
+save, left = Store.save, 4
+def dying(*args, **kwargs):
+    global left
+    save(*args, **kwargs)
+    left -= 1
+    if left == 0 and not os.path.exists("died"):
+        open("died", "w").close()
+        os.killpg(0, signal.SIGKILL)
+Store.save = dying
+kept = ps.Checkpoint("run", seconds=0)
+work = classic.Work(longest=0.1)
+found = asyncio.run(classic.as_a_flow(work, "shared", kept))
+print(abs(found - work.expected).max() < 1e-12)
+"""
+    for code, said in ((-signal.SIGKILL, ""), (0, "True\n")):
+        life = subprocess.run(
+            [sys.executable, "-P", "-c", program],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            start_new_session=True,
+        )
+        assert (life.returncode, life.stdout) == (code, said), life.stderr

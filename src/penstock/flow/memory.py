@@ -1,8 +1,8 @@
 """In-memory sources: what ``Flow(anything iterable)`` reads from.
 
-A sequence (list, tuple, range) can be read again and is resumable: it is identified by its name, length and digest.
-Any other iterable is not: an iterator is read once, by one run. A blocking iterable gets a thread of its own, so it
-can't starve the stages; a sequence is read on the loop, since indexing doesn't block.
+A sequence (list, tuple, range, array) can be read again and is resumable: it is identified by its name, length and
+digest. Any other iterable is not: an iterator is read once, by one run. A blocking iterable gets a thread of its own,
+so it can't starve the stages; a sequence is read on the loop, since indexing doesn't block.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import sys
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from itertools import repeat
@@ -43,7 +44,7 @@ def as_source(value: Any, name: str | None) -> Source[Any]:
             f"Flow({value[:40]!r}) was given a single {type(value).__name__}, whose items are its characters",
             "To read a file, use ps.read.lines, ps.read.jsonl and their like; for one item, use Flow([item])",
         )
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) or _is_rows(value):
         return SequenceSource(value, name)
     if isinstance(value, AsyncIterable):
         return AsyncSource(value, name)
@@ -89,7 +90,7 @@ class MemorySource:
 
 
 class SequenceSource(MemorySource):
-    """A list, tuple, range or any other sequence."""
+    """A list, tuple, range, array or any other sequence."""
 
     kind = "list"
     replayable = True
@@ -214,6 +215,12 @@ def position_of(position: Position) -> str:
     """A position in words: ``item 3``, or ``texts/a.jsonl, record 3``."""
     partition, index = position
     return f"{partition}, record {index + 1}" if partition else f"item {index}"
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether it is an array of NumPy, which is the sequence of its rows."""
+    numpy = sys.modules.get("numpy")  # nobody can have made one that was never imported
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.ndim > 0
 
 
 def _article(name: str) -> str:

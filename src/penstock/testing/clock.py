@@ -96,6 +96,7 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
 
     def _wait(self, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
         select = self._virtual.real.select
+        timeout = None if timeout is None else float(timeout)  # it may be NumPy's, and so would the time be
         events = select(0)
         if events or timeout == 0:
             return events

@@ -21,7 +21,7 @@ class Checkpoint:
     ``"params"`` where they are one array), as others read them; what the optimizer remembers is in
     ``optimizer-….safetensors``, and which of them count, with the progress, in ``checkpoint.db`` (SQLite).
 
-    ``seconds``: the least time between two of them, 5 by default; in any case they take at most 5 % of the time.
+    ``seconds``: the least time between two of them, 1 by default; in any case they take at most 5 % of the time.
     ``updates``: also after so many updates, if that is sooner. One is made at the end in any case. ``keep``: how many
     of the last ones stay, 2 by default. Raises PlanError for values out of range.
 
@@ -30,7 +30,7 @@ class Checkpoint:
     """
 
     path: str
-    seconds: float = 5.0
+    seconds: float = 1.0
     updates: int | None = None
     keep: int = 2
 
