@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-import penstock as ps
 from tests.train import digits
 from tests.train.with_jax import SAMPLES
+
+import penstock as ps
 
 pytest.importorskip("numba")
 

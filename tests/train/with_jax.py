@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from tests.train import digits
 
 import penstock as ps
 from penstock.errors import GradientRejected, PlanError
-from tests.train import digits
 
 __all__ = ["SAMPLES", "arrays", "train"]
 
