@@ -31,6 +31,47 @@ async def double(x: int) -> int:
     return 2 * x
 
 
+def test_a_job_ends_when_what_fills_its_topic_is_done_and_nothing_is_left(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+            first, second, third = (log.topic(name) for name in ("first", "second", "third"))
+
+            async def fill() -> None:
+                for number in range(5):
+                    await asyncio.sleep(10)  # far longer than anything else here
+                    await first.publish(number)
+
+            filling = asyncio.create_task(fill())
+            doubling = asyncio.create_task(first.flow("g").map(double).to(second).run(until=filling))
+            again = await second.flow("g").map(double).to(third).run(until=doubling)
+            assert doubling.done()
+            assert again.delivered == 5
+            assert await values_of(third) == [0, 4, 8, 12, 16]
+            assert (await first.flow("g").to(second).run(until=filling)).delivered == 0
+
+    run_virtual(main())
+
+
+def test_a_job_ends_when_what_fills_its_topic_has_failed(make_log: MakeLog) -> None:
+    async def main() -> None:
+        async with make_log() as log:
+
+            async def fill() -> None:
+                await log.topic("first").publish(1)
+                await asyncio.sleep(10)
+                raise ZeroDivisionError
+
+            filling = asyncio.create_task(fill())
+            assert (await log.topic("first").flow("g").to(log.topic("second")).run(until=filling)).delivered == 1
+            with pytest.raises(ZeroDivisionError):
+                await filling
+            for odd in ("later", 3):
+                with pytest.raises(PlanError, match=f"until={odd!r}"):
+                    await log.topic("first").flow("g").to(log.topic("second")).run(until=odd)  # type: ignore[arg-type]
+
+    run_virtual(main())
+
+
 async def values_of(topic: Any) -> list[Any]:
     return [event.value async for event in topic.read()]
 
@@ -305,7 +346,7 @@ def test_a_group_itself_is_not_read(make_log: MakeLog) -> None:
     assert is_subscribed(subscribed)
     assert not hasattr(subscribed, "read"), "each run reads by its own Reading"
     sink: Any = make_log().topic("out").as_sink()
-    reading: Reading[Any] = subscribed.begin(sink, drained=True)[0]
+    reading: Reading[Any] = subscribed.begin(sink, until="drained")[0]
     assert reading.identity == subscribed.identity
 
 

@@ -75,11 +75,11 @@ def changed(items: Any, before: Any) -> str | None:
     [
         ([1, 2, 3], SequenceSource, "memory:list", True, 3),
         ((1, 2), SequenceSource, "memory:list", True, 2),
+        (np.arange(3), SequenceSource, "memory:list", True, 3),
         (range(10**12), SequenceSource, "memory:list", True, 10**12),
         (UserList([1]), SequenceSource, "memory:list", True, 1),
         ({1: 2}, IterableSource, "memory:iterable", False, None),
         ({1, 2}, IterableSource, "memory:iterable", False, None),
-        (np.arange(3), IterableSource, "memory:iterable", False, None),
         (Again(), IterableSource, "memory:iterable", False, None),
         (iter([1]), IterableSource, "memory:iterable", False, None),
         (generator(), IterableSource, "memory:generator", False, None),

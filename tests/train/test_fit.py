@@ -354,6 +354,43 @@ def test_a_file_is_read_again_for_each_epoch(tmp_path: Path) -> None:
     assert report.updates == 14
 
 
+# -- topics ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_events_are_learned_from_once(place: Any, tmp_path: Path) -> None:
+    """As they come, by two runs, the second of which ends once everything has been published."""
+
+    def gradient(params: Any, batch: list[int]) -> Any:
+        count = np.zeros(60)
+        for number in batch:
+            count[number] -= 1
+        return count
+
+    async def main() -> None:
+        async with (
+            ps.EventLog(tmp_path / "events.db") as log,
+            ps.ParameterServer(np.zeros(60), ps.SGD(lr=1), place=place, checkpoint=str(tmp_path / "run")) as server,
+        ):
+            topic = log.topic("numbers")
+            flow = topic.flow("learner").batch(4, max_wait=0.05)
+            await topic.publish_many(range(30))
+            report = await server.fit(gradient, flow, workers=2, until="drained")
+            assert (report.samples, report.delivered) == (30, 30)
+            assert "exactly once" in report.guarantee
+
+            async def publish() -> None:
+                for start in range(30, 60, 10):
+                    await topic.publish_many(range(start, start + 10))
+
+            report = await server.fit(gradient, flow, workers=2, until=asyncio.create_task(publish()))
+            assert report.samples == 30
+            assert (await server.pull())[0].tolist() == [1] * 60
+            assert (await topic.groups())[0].behind == 0
+
+    asyncio.run(main())
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 

@@ -16,8 +16,9 @@ from tests.train import digits
 import penstock as ps
 from penstock.errors import GradientRejected, PlanError
 
-__all__ = ["SAMPLES", "arrays", "train"]
+__all__ = ["PLACES", "SAMPLES", "arrays", "train"]
 
+PLACES: tuple[Any, ...] = ("local", "shared")
 SAMPLES = 50 * digits.BATCH
 
 
@@ -31,19 +32,24 @@ def loss(params: Any, batch: Any) -> Any:
     return -jax.numpy.take_along_axis(chances, labels[:, None], axis=1).mean()
 
 
-async def train(path: str, place: Any, rounds: str, workers: str) -> None:
-    """From JAX's arrays, by JAX's gradient; saves what has become of the parameters, and the loss."""
+async def train(path: str, rounds: str, workers: str) -> None:
+    """From JAX's arrays, by JAX's gradient, in both places; saves what became of the parameters, and the loss."""
     import jax
 
     given = digits.load()
     params = jax.tree.map(jax.numpy.asarray, given.params)
     consistency = ps.BSP() if rounds == "BSP" else ps.ASP()
     flow = ps.Flow(given.samples[:SAMPLES]).batch(digits.BATCH)
-    async with ps.ParameterServer(params, ps.SGD(0.1, momentum=0.9), consistency, place) as server:
-        report = await server.fit(jax.jit(jax.value_and_grad(loss)), flow, workers=int(workers), collate=digits.collate)
-        found, _ = await server.pull()
-    named = {f"{layer}/{name}": value for layer, within in found.items() for name, value in within.items()}
-    np.savez(path, loss=report.loss, **named)
+    gradient = jax.jit(jax.value_and_grad(loss))
+    saved: dict[str, Any] = {}
+    for place in PLACES:
+        async with ps.ParameterServer(params, ps.SGD(0.1, momentum=0.9), consistency, place) as server:
+            report = await server.fit(gradient, flow, workers=int(workers), collate=digits.collate)
+            found, _ = await server.pull()
+        saved[f"{place}/loss"] = report.loss
+        for layer, within in found.items():
+            saved |= {f"{place}/{layer}/{name}": value for name, value in within.items()}
+    np.savez(path, **saved)
 
 
 async def arrays() -> None:

@@ -24,7 +24,7 @@ from penstock.events.sink import JoinedSink, TopicSink
 from penstock.events.subscription import ALONE, MOST_CLAIMED
 from penstock.events.transaction import Transaction
 from penstock.flow.commit import uninterrupted
-from penstock.flow.contract import Failed, GivenUp, Sink, Unreadable
+from penstock.flow.contract import Failed, GivenUp, Sink, Unreadable, Until
 from penstock.flow.demand import Demand
 from penstock.flow.progress import Position, Positions, Progress
 from penstock.place.loop import clock_of
@@ -104,9 +104,9 @@ class GroupSource:
             f"job reads {group} meanwhile"
         )
 
-    def begin(self, sink: Sink[Any], *, drained: bool) -> tuple[GroupReading, Sink[Any]]:
+    def begin(self, sink: Sink[Any], *, until: Until) -> tuple[GroupReading, Sink[Any]]:
         """A reading for one run, and the sink as that run uses it."""
-        reading = GroupReading(self, self._reader(alone=self.is_alone(sink)), drained=drained)
+        reading = GroupReading(self, self._reader(alone=self.is_alone(sink)), until=until)
         if self._joins(sink):
             assert isinstance(sink, TopicSink)
             return reading, JoinedSink(sink, reading)
@@ -125,12 +125,12 @@ class GroupReading:
     replayable = True
     total = None
 
-    def __init__(self, source: GroupSource, reader: Reader, *, drained: bool) -> None:
+    def __init__(self, source: GroupSource, reader: Reader, *, until: Until) -> None:
         self.source = source
         self.topic = source.topic
         self.identity = source.identity
         self.reader = reader
-        self._until_drained = drained
+        self._until = until
         self._owners: dict[str, int] = {}
         self._taken: dict[tuple[str, int], tuple[int, str | None]] = {}  # attempt and key
         self._suspect: tuple[tuple[str, int], float] | None = None
@@ -166,6 +166,7 @@ class GroupReading:
         while True:
             await self._until_alone_is_over(loop)
             seen = log.store.look(self.reader.number)
+            ends = self._ends()
             try:
                 claimed = await uninterrupted(self.reader.claim(demand.note(taken)))
             except LeaseLost:
@@ -178,12 +179,29 @@ class GroupReading:
             if claimed.rows:
                 yield self._items(claimed.rows, loop.time())
                 continue
-            if claimed.drained and self._until_drained:
+            if claimed.drained and ends:
                 return
             times = [] if claimed.due is None else [claimed.due - loop_time(loop)]
             if claimed.lease_end is not None:
                 times.append(claimed.lease_end - boot_time())
-            await log.store.changed(self.reader.number, seen, max(0.0, min(times)) + 0.001 if times else None)
+            await self._changed(seen, max(0.0, min(times)) + 0.001 if times else None)
+
+    def _ends(self) -> bool:
+        """Whether to end when nothing is left."""
+        return self._until.done() if isinstance(self._until, asyncio.Future) else self._until is not None
+
+    async def _changed(self, seen: Any, timeout: float | None) -> None:
+        """Wait until there may be something to claim, or until what it reads for is done. Cancelling leaves nothing."""
+        change = self.topic.log.store.changed(self.reader.number, seen, timeout)
+        if not isinstance(self._until, asyncio.Future) or self._until.done():
+            await change
+            return
+        waiting = asyncio.ensure_future(change)
+        try:
+            await asyncio.wait({waiting, self._until}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
 
     async def _join(self) -> None:
         await self.reader.join()

@@ -6,9 +6,10 @@ same atomic act as its data: everything about crash-safety follows from ``Sink.c
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import msgspec
 
@@ -28,6 +29,7 @@ __all__ = [
     "Source",
     "Subscribed",
     "Unreadable",
+    "Until",
     "is_subscribed",
 ]
 
@@ -36,6 +38,9 @@ T_contra = TypeVar("T_contra", contravariant=True)
 
 Origin = tuple[Position, ...]
 """The source positions an output came of: one after ``map``, several after ``batch``."""
+
+Until: TypeAlias = "Literal['drained'] | asyncio.Future[Any] | None"
+"""When a run over a subscription ends: when nothing is left; the same, once a task is done; or never by itself."""
 
 SUFFIXES: dict[str, str] = {
     ".jsonl": "penstock.files.write:jsonl",
@@ -209,8 +214,8 @@ class Subscribed(Input, Protocol[T_co]):
     def is_alone(self, sink: Sink[Any] | None) -> bool:
         """Whether a job into that sink reads it alone."""
 
-    def begin(self, sink: Sink[Any], *, drained: bool) -> tuple[Reading[T_co], Sink[Any]]:
-        """A reading for one run, and the sink as that run uses it. ``drained``: it ends when nothing is left."""
+    def begin(self, sink: Sink[Any], *, until: Until) -> tuple[Reading[T_co], Sink[Any]]:
+        """A reading for one run, and the sink as that run uses it."""
 
 
 def is_subscribed(source: Any) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from penstock.errors import PlanError
-from penstock.flow.contract import Sink
+from penstock.flow.contract import Sink, Until
 
 if TYPE_CHECKING:
     from penstock.flow.flow import Flow
@@ -48,14 +49,15 @@ class Job:
         inline: bool = False,
         signals: bool = False,
         progress: bool | None = None,
-        until: Literal["drained"] | None = None,
+        until: Until = None,
     ) -> Report:
         """Run the job to its end and return the report. Run again after a crash, it goes on where it was.
 
         ``fresh``: discard the output and its progress first. ``inline``: no threads or processes, so that
         ``breakpoint()`` works. ``signals``: drain and commit on the first SIGINT or SIGTERM and stop at once on the
         second (main thread only). ``progress``: show it; None shows it where a person looks on. ``until="drained"``:
-        over a topic, end when nothing is left to be delivered; by default such a job runs until it is stopped.
+        over a topic, end when nothing is left to be delivered; ``until=task``: do so once that is done (whoever fills
+        the topic). By default such a job runs until it is stopped.
 
         Raises what a stage raised by default (see ``on_error``), after the rest was cancelled and awaited; what
         was finished before is committed. Raises PlanError, ResumeMismatch, OutputInUse and their like before
@@ -93,7 +95,7 @@ class Job:
         inline: bool = False,
         signals: bool = False,
         progress: bool | None = None,
-        until: Literal["drained"] | None = None,
+        until: Until = None,
     ) -> Run:
         """Run the job inside ``async with job.start() as run``: ``run.report()`` is live, leaving the block ends it.
 
@@ -111,10 +113,12 @@ class Job:
         from penstock.flow.plan import make_plan
         from penstock.flow.run import Run
 
-        if until not in (None, "drained"):
-            raise PlanError(f"run(until={until!r})", 'Give "drained", or leave it out')
+        if not (until is None or until == "drained" or isinstance(until, asyncio.Future)):
+            raise PlanError(
+                f"run(until={until!r:.60})", 'Give "drained", or a task to be drained after, or leave it out'
+            )
         plan = make_plan(self.flow, self)
-        return Run(plan, fresh=fresh, inline=inline, signals=signals, progress=progress, drained=until is not None)
+        return Run(plan, fresh=fresh, inline=inline, signals=signals, progress=progress, until=until)
 
     def with_sink(self, sink: Sink[Any]) -> Job:
         """The same job with its outputs going elsewhere."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import PlanError
-from penstock.flow.contract import JobId, Sink, Source, is_subscribed
+from penstock.flow.contract import JobId, Sink, Source, Until, is_subscribed
 from penstock.flow.stage import (
     Batch,
     Filter,
@@ -132,12 +132,12 @@ class Plan:
         """Whether the sink keeps progress, so that outputs of an item are held to be committed together."""
         return self.sink is not None and self.sink.exactly_once
 
-    def begin(self, *, drained: bool) -> tuple[Source[Any] | None, Sink[Any] | None, Any]:
+    def begin(self, until: Until) -> tuple[Source[Any] | None, Sink[Any] | None, Any]:
         """The source and the sink as one run uses them, and its ``Reading`` if the source is a subscription."""
         if not is_subscribed(self.source):
             return self.source, self.sink, None
         subscribed: Any = self.source
-        reading, sink = subscribed.begin(self.sink, drained=drained)
+        reading, sink = subscribed.begin(self.sink, until=until)
         return reading, sink, reading
 
     def job(self, *, fresh: bool) -> JobId:

@@ -34,7 +34,7 @@ from penstock.errors import Closed, PlanError, ResumeMismatch
 from penstock.flow.build import build_segments
 from penstock.flow.channel import Channel
 from penstock.flow.commit import Committer, cancel_once, uninterrupted
-from penstock.flow.contract import Delta
+from penstock.flow.contract import Delta, Until
 from penstock.flow.display import Display
 from penstock.flow.failing import Policy
 from penstock.flow.interrupts import heard_on
@@ -68,10 +68,10 @@ class Run:
         progress: bool | None = None,
         outlet_room: int = 64,
         refuse: Callable[[Any, BaseException], bool] | None = None,
-        drained: bool = False,
+        until: Until = None,
     ) -> None:
         self.plan = plan
-        self._source, self._sink, self._reading_of = plan.begin(drained=drained)
+        self._source, self._sink, self._reading_of = plan.begin(until)
         self._refuse = refuse
         self._outlet_room = outlet_room
         self._fresh = fresh

@@ -78,8 +78,13 @@ def check_fit(given: Fit) -> None:
         )
     if given.stop is not None and given.evaluate is None:
         raise PlanError("fit(stop=…) without evaluate: there are no scores to judge", "Give evaluate=, too")
-    if given.in_rounds:
-        for stage in flow.stages:
+    for stage in flow.stages:
+        if isinstance(stage, Unbatch) or (isinstance(stage, FlatMap) and stage.whole):
+            raise PlanError(
+                f"fit() over a flow with {describe(stage)}, whose outputs count together or not at all",
+                "Use flat_map(…, whole=False): each batch counts when its gradient is applied",
+            )
+        if given.in_rounds:
             _check_in_rounds(stage)
 
 
@@ -90,8 +95,6 @@ def _check_in_rounds(stage: Any) -> None:
         problem = "isn't ordered", "Leave out ordered=False and key="
     elif isinstance(stage, (Batch, MapBatches)) and stage.max_wait is not None:
         problem = "makes batches of what is there when max_wait is over", "Leave out max_wait"
-    elif isinstance(stage, Unbatch) or (isinstance(stage, FlatMap) and stage.whole):
-        problem = "has outputs that count together, and a round may hold some of them only", "Give whole=False"
     if problem is not None:
         raise PlanError(f"BSP: the stage {describe(stage)} {problem[0]}", f"{problem[1]}, or use ps.SSP(1) or ps.ASP()")
 

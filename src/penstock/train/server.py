@@ -28,6 +28,7 @@ from typing import Any, Literal, Self, TypeVar
 from penstock.errors import Closed, PlanError
 from penstock.flow.blocking import Desk, Ending
 from penstock.flow.commit import uninterrupted
+from penstock.flow.contract import Until
 from penstock.flow.flow import Flow
 from penstock.place.base import cores
 from penstock.train.checkpoint import Checkpoint, as_checkpoint
@@ -315,7 +316,7 @@ class ParameterServer:
         stop: Callable[[list[Any]], Any] | None = None,
         fresh: bool = False,
         progress: bool | None = None,
-        until: Literal["drained"] | None = None,
+        until: Until = None,
     ) -> TrainingReport:
         """Train on a flow of batches: each is learned from once, by whichever worker is free. Returns the report.
 
@@ -338,7 +339,8 @@ class ParameterServer:
         without the crash, bit for bit; under ASP and SSP the same samples are applied to other parameters. A second
         ``fit`` over another source keeps a progress of its own, under the flow's ``name``. ``fresh``: forget the
         checkpoint, all of it. ``progress``: show it; by default where a person looks on. ``until="drained"``: over a
-        topic, end when nothing is left; by default such a training goes on until it is cancelled.
+        topic, end when nothing is left (``until=task``: once that is done); by default such a training goes on until it
+        is cancelled.
 
         Raises what ``gradient`` raised, by default, with notes that name batch and stage (see ``on_error`` of
         ``Flow``); GradientRejected for gradients that don't fit; PlanError, ResumeMismatch before anything starts;
