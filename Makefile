@@ -2,7 +2,8 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 EXTRAS := dev,parquet,train,zstd
-PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := .venv/bin/python -m pip $(INSTALL)
 
 # Tests and the demo talk to this machine alone: no proxy may come between.
 LOOPBACK := localhost,127.0.0.1,::1
@@ -14,7 +15,7 @@ export no_proxy := $(NO_PROXY)
 demo: .venv/ready
 	.venv/bin/python examples/read_python.py
 
-test: lint
+test: lint .venv-jax/ready
 	rm -rf .coverage
 	mkdir .coverage
 	.venv/bin/coverage run -m pytest -n 4 -q --durations 10
@@ -45,6 +46,15 @@ docs: .venv/docs
 		exit 1; }; rm -f .venv.log; }
 	$(PIP) hatchling editables
 	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# JAX is no dependency: tests that need it run in an environment of their own, which has all of .venv, and JAX.
+.venv-jax/ready: .venv/ready tests/train/jax.txt
+	rm -rf .venv-jax
+	.venv/bin/python -m venv --without-pip .venv-jax
+	@.venv/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		>"$$(.venv-jax/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	.venv/bin/python -m pip --python .venv-jax $(INSTALL) --requirement tests/train/jax.txt
 	@touch $@
 
 .venv/docs: .venv/ready

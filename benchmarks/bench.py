@@ -45,6 +45,7 @@ BENCHMARKS = (
     "train_latency",
     "train_straggler",
     "train_staleness",
+    "train_torch",
 )
 STORE = HERE / "results.json"
 SHOWN = HERE / "RESULTS.md"
@@ -105,7 +106,7 @@ def versions() -> str:
     script = (
         "import platform, importlib.metadata as m\n"
         "names = 'numpy scipy numba uvloop aiohttp httpx apsw redis nats-py ray spdl-core aiostream pypeln'.split()\n"
-        "names += 'joblib pillow'.split()\n"
+        "names += 'joblib pillow torch'.split()\n"
         "have = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()}\n"
         "print(', '.join(['Python ' + platform.python_version()] + [f'{n} {have[n]}' for n in names if n in have]))"
     )

@@ -1,137 +1,214 @@
-"""Reads the Python installation it runs on, is killed half way, and goes on where it was.
+"""A model that learns to write Python by reading your Python installation.
 
-    python examples/read_python.py        the demo: start the job, kill it half way in full view, start it again
-    python examples/read_python.py job    the job alone: kill it yourself, as often as you like
+    python examples/read_python.py          the demo: killed half way in full view, started again, and compared
+    python examples/read_python.py run      one run, which goes on where the last one was: kill it as often as you like
 
-The standard library's own .py files are decoded and tokenized (in processes), then each is scored in batches: how many
-bits a byte it takes under a table that knows, from the first hundred files, which byte follows which two. What
-takes many bits surprises the table. One line a file goes to run/files.jsonl.
+1. *fetch*: the standard library's .py files come over HTTP (``--from URL`` takes another server than its own).
+2. *events*: each file becomes an event of a topic in run/events.db, once.
+3. *pipeline*: each file is taken apart into tokens, then scored by the newest parameters: how many bits a byte the
+   model needs for a file that it hasn't learned from yet. The score and the file's parts are events of a second topic.
+4. *train*: four processes learn from each part, once, and push gradients to a parameter server, never waiting for the
+   slowest for more than three rounds.
+
+All of it is in progress at once: while the first files are learned from, later ones are scored and fetched.
 """
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import io
+import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 import tokenize
 from collections import Counter
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
+from urllib.parse import quote
+from urllib.request import urlopen
 
 import msgspec
-import numpy as np
+from baselines import by_table, by_zlib
+from byte_network import PART, bits, gradient, learning_rate, make_params, parts_of, write
+from library_server import serving
+from reading_picture import draw
 
 import penstock as ps
 
-LIBRARY = Path(sysconfig.get_path("stdlib"))
-OUTPUT = Path("run/files.jsonl")
-OMITTED = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
+FOLDER = Path("run")
+PLAIN = FOLDER / "plain_loop.json"
+WORKERS = 4
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the processes, of which there are more than cores
 
 
-class Text(TypedDict):
-    """A file, read."""
+class File(msgspec.Struct):
+    """An event of the topic "files"."""
 
-    module: str
-    tokens: int
+    name: str
     raw: bytes
 
 
-class Score(TypedDict):
-    """A line of the output."""
+class Part(msgspec.Struct):
+    """An event of the topic "parts": what is to be learned from at once, and what its file was scored."""
 
-    module: str
+    name: str
+    number: int
+    raw: bytes
+    size: int
     tokens: int
-    bytes: int
-    bits_a_byte: float
+    bits: float
+    version: int
 
 
-def standard_library() -> list[str]:
-    """The library's own files, without tests and what was installed, as paths relative to it."""
-    paths = (path.relative_to(LIBRARY) for path in LIBRARY.rglob("*.py"))
-    return sorted(str(path) for path in paths if not OMITTED & set(path.parts))
+# -- the work ----------------------------------------------------------------------------------------------------------
 
 
-def read(name: str) -> Text:
-    """Read a file and take it apart, as Python itself would."""
-    raw = (LIBRARY / name).read_bytes()
-    tokens = sum(1 for _ in tokenize.tokenize(io.BytesIO(raw).readline))
-    return {"module": name, "tokens": tokens, "raw": raw}
+def fetched(names: list[str], url: str) -> ps.Flow[ps.Fetched]:
+    """The files of these names, as they come; ``source`` is the name."""
+    return ps.fetch(names, request=lambda name: f"{url}/{quote(name)}", allow_private=True, retry=2)
 
 
-class Table:
-    """Order-2 byte statistics: built once in each worker, then called with batches."""
-
-    def __init__(self, names: list[str]) -> None:
-        counts = np.zeros((1 << 16, 256), np.float32)
-        for name in names:
-            before, byte = self.split((LIBRARY / name).read_bytes())
-            np.add.at(counts, (before, byte), 1)
-        alone = (counts.sum(axis=0) + 1) / (counts.sum() + 256)  # what no pair of bytes is known to precede
-        self.bits = -np.log2((counts + 2 * alone) / (counts.sum(axis=1, keepdims=True) + 2))
-
-    def __call__(self, texts: list[Text]) -> list[Score]:
-        return [self.score(text) for text in texts]
-
-    def score(self, text: Text) -> Score:
-        before, byte = self.split(text["raw"])
-        bits = float(self.bits[before, byte].mean()) if len(byte) else 0.0
-        size = len(text["raw"])
-        return {"module": text["module"], "tokens": text["tokens"], "bytes": size, "bits_a_byte": round(bits, 4)}
-
-    @staticmethod
-    def split(raw: bytes) -> tuple[np.ndarray, np.ndarray]:
-        """Every byte from the third on, and the two before it as one number."""
-        data = np.frombuffer(raw, np.uint8).astype(np.int32)
-        return data[:-2] << 8 | data[1:-1], data[2:]
+def as_file(page: ps.Fetched) -> File:
+    return File(page.source, page.body)
 
 
-names = standard_library()
-job = (
-    ps.Flow(names, name="standard-library")
-    .map(read, place="process", workers=2)
-    .map_batches(ps.per_worker(Table, names[:100]), batch_size=16, max_wait=0.2)
-    .to(OUTPUT)
-)
+def tokenized(file: File) -> tuple[File, int]:
+    """How many tokens there are, as Python itself would see them."""
+    return file, sum(1 for _ in tokenize.tokenize(io.BytesIO(file.raw).readline))
 
 
-def lines() -> int:
-    return OUTPUT.read_bytes().count(b"\n") if OUTPUT.exists() else 0
+class Scorer:
+    """Scores whole files by the parameters as they are now."""
+
+    def __init__(self, server: ps.ParameterServer) -> None:
+        self.server = server
+
+    def __call__(self, given: tuple[File, int]) -> list[Part]:
+        file, tokens = given
+        params, version = self.server.pull_sync()
+        score = bits(params, file.raw)
+        parts = enumerate(parts_of(file.raw))
+        return [Part(file.name, number, raw, len(file.raw), tokens, score, version) for number, raw in parts]
 
 
-def start() -> subprocess.Popen[bytes]:
-    """The job, as a process of its own."""
-    return subprocess.Popen([sys.executable, __file__, "job"])
+def learn(params: Any, part: Part) -> tuple[float, Any]:
+    return gradient(params, part.raw)
 
 
-def demo() -> None:
-    """Start the job, kill it half way, start it again, and show that nothing was lost or doubled."""
-    shutil.rmtree(OUTPUT.parent, ignore_errors=True)
-    OUTPUT.parent.mkdir()
-    print(f"{len(names)} files of the standard library → {OUTPUT}", flush=True)
-    first = start()
-    while first.poll() is None and lines() < len(names) // 2:
-        time.sleep(0.02)
-    first.kill()
-    print(f"\nkilled (signal {signal.SIGKILL.value}) with {lines()} files written; starting it again\n", flush=True)
-    assert first.wait() == -signal.SIGKILL, "it was to be killed half way, and had ended before"
-    second = start()
-    if second.wait() != 0:
-        sys.exit("the second run failed")
+# -- one run -----------------------------------------------------------------------------------------------------------
 
-    scores = [msgspec.json.decode(line, type=Score) for line in OUTPUT.read_bytes().splitlines()]
-    times = Counter(score["module"] for score in scores)
-    assert times == Counter(names), f"not once each: {(times - Counter(names)) | (Counter(names) - times)}"
-    print(f"\nevery one of the {len(names)} files is there, exactly once\n\nthe five most surprising modules:")
-    for score in sorted(scores, key=lambda score: -score["bits_a_byte"])[:5]:
-        print(f"  {score['bits_a_byte']:.2f} bits a byte  {score['module']}  ({score['bytes']:,} bytes)")
+
+async def run(url: str, beside: Path | None) -> None:
+    os.nice(5 if beside else 0)  # the plain loop has but one process: so both end at about the same time
+    names = json.loads(await asyncio.to_thread(lambda: urlopen(f"{url}/index.json").read()))
+    async with (
+        ps.EventLog(FOLDER / "events.db") as log,
+        ps.ParameterServer(make_params(), ps.Adam(learning_rate), ps.SSP(3), "shared", str(FOLDER / "model")) as server,
+        asyncio.TaskGroup() as tasks,
+    ):
+        files, parts = log.topic("files", type=File), log.topic("parts", type=Part)
+        pages = fetched(names["read"], url)
+        scored = files.flow("scorer").map(tokenized, place="process", workers=1)
+        scored = scored.flat_map(Scorer(server), place="process", workers=1)
+
+        fetching = tasks.create_task(pages.map(as_file).to(files).run())
+        scoring = tasks.create_task(scored.to(parts).run(until=fetching))
+        training = tasks.create_task(server.fit(learn, parts.flow("learner"), workers=WORKERS, until=scoring))
+        report = await training
+        await tell(url, names, log, server, report, beside)
+
+
+async def tell(
+    url: str, names: Any, log: ps.EventLog, server: ps.ParameterServer, report: Any, beside: Path | None
+) -> None:
+    """Check that every file was scored once and learned from once, and show what became of it."""
+    parts = [event.value async for event in log.topic("parts", type=Part).read()]
+    scored = [part for part in parts if part.number == 0]
+    assert Counter(part.name for part in scored) == Counter(names["read"]), "not every file was scored once"
+    assert Counter((part.name, part.number) for part in parts).most_common(1)[0][1] == 1, "a part is there twice"
+    params, version = await server.pull()
+    assert version == len(parts), f"{len(parts)} parts and {version} updates"
+    print(f"\n{report}\n")
+    print(f"{len(scored)} files scored once each and learned from once: {len(parts):,} parts, {version:,} updates")
+
+    curve = [(part.size, part.bits) for part in scored]
+    quarter = -(-len(curve) // 4)
+    means = [_mean(curve[start : start + quarter]) for start in range(0, len(curve), quarter)]
+    print(f"bits a byte before it was learned from, by quarter: {', '.join(f'{mean:.2f}' for mean in means)}")
+
+    read = [event.value.raw async for event in log.topic("files", type=File).read()]
+    held_out = [page.body for page in await fetched(names["held_out"], url).collect()]
+    found = {
+        "single bytes": by_table(read, held_out, 0),
+        "two bytes before": by_table(read, held_out, 2),
+        "zlib -9": by_zlib(held_out),
+        "this network": sum(bits(params, raw) for raw in held_out) / sum(map(len, held_out)),
+    }
+    if beside:
+        found["… by a plain loop"] = await asyncio.to_thread(waited_for, beside)
+    print(f"\nbits a byte of {len(held_out)} files that were held out:")
+    for name, value in found.items():
+        print(f"  {name:17} {value:.3f}")
+    draw(FOLDER / "reading.svg", curve, found)
+    print(f"\nthe curve is in {FOLDER / 'reading.svg'}. What it writes now:\n")
+    print("\n".join(f"    {line}" for line in write(params, 400).splitlines()[:12]))
+
+
+def waited_for(figure: Path) -> float:
+    while not figure.exists():
+        time.sleep(0.1)
+    value: float = json.loads(figure.read_text(encoding="utf-8"))
+    return value
+
+
+def _mean(curve: list[tuple[int, float]]) -> float:
+    return sum(score for _, score in curve) / sum(size for size, _ in curve)
+
+
+# -- the demo ----------------------------------------------------------------------------------------------------------
+
+
+def updates() -> int:
+    """How many updates the last checkpoint holds."""
+    return max((int(path.stem.partition("-")[2]) for path in (FOLDER / "model").glob("model-*.safetensors")), default=0)
+
+
+def demo(megabytes: float) -> None:
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir()
+    half = megabytes * 1e6 / PART / 2
+    with serving(megabytes) as url:
+        plain = subprocess.Popen([sys.executable, str(Path(__file__).with_name("byte_network.py")), url, str(PLAIN)])
+        command = [sys.executable, __file__, "run", "--from", url, "--beside", str(PLAIN)]
+        print(f"learning from {megabytes:g} MB of the standard library; a plain loop runs beside it\n", flush=True)
+        first = subprocess.Popen(command)
+        while first.poll() is None and updates() < half:
+            time.sleep(0.1)
+        first.kill()
+        print(f"\nkilled (SIGKILL) after about {updates():,} updates; starting it again\n", flush=True)
+        assert first.wait() == -signal.SIGKILL, "it was to be killed half way, and had ended before"
+        second = subprocess.Popen(command)
+        if plain.wait() or second.wait():
+            second.kill()
+            sys.exit("the second run failed, or the plain loop")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["job"]:
-        print(job.run_sync())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", nargs="?", choices=["demo", "run"], default="demo")
+    parser.add_argument("--megabytes", type=float, default=5, help="how much of the library to read")
+    parser.add_argument("--from", dest="url", help="a server that gives out files, and names them in /index.json")
+    parser.add_argument("--beside", type=Path, help="wait for this figure of a plain loop, and show it")
+    given = parser.parse_args()
+    if given.what == "demo":
+        demo(given.megabytes)
+    elif given.url:
+        asyncio.run(run(given.url, given.beside))
     else:
-        demo()
+        with serving(given.megabytes) as address:
+            asyncio.run(run(address, given.beside))

@@ -14,8 +14,6 @@ import threading
 import weakref
 from typing import Any
 
-import numpy as np
-
 from penstock.errors import Closed, PlanError
 from penstock.train.kernels import Array
 from penstock.train.params import Layout
@@ -85,8 +83,7 @@ class Handle:
             raise PlanError(f"push(version={version!r})", "Give the version that pull returned with the parameters")
         with self._lock:
             connected = self._connected()
-            for target, vector in zip(self._slot.vectors, vectors, strict=True):
-                np.copyto(target, vector)
+            self._slot.publish(vectors, version)
             return self._ask(connected, PUSH, version)
 
     def copy(self) -> tuple[list[Array], int]:
@@ -118,8 +115,8 @@ class Handle:
         """Ask, and wait for the answer. An interrupt in between leaves the socket closed: the answer is lost."""
         try:
             connected.sendall(MESSAGE.pack(what, version))
-            kind, number = MESSAGE.unpack(self._received(connected, MESSAGE.size))
-            told = self._received(connected, number) if kind == FAILED else b""
+            kind, number = MESSAGE.unpack(_received(connected, MESSAGE.size))
+            told = _received(connected, number) if kind == FAILED else b""
         except BaseException as error:
             self._socket = None
             connected.close()
@@ -130,11 +127,9 @@ class Handle:
             raise pickle.loads(told)
         return int(number)
 
-    def _received(self, connected: socket.socket, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            more = connected.recv(count - len(data))
-            if not more:
-                raise ConnectionResetError
-            data += more
-        return data
+
+def _received(connected: socket.socket, count: int) -> bytes:
+    data = connected.recv(count, socket.MSG_WAITALL)
+    if len(data) < count:
+        raise ConnectionResetError
+    return data

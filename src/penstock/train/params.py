@@ -69,6 +69,8 @@ class Layout:
 
     def vectors(self, gradients: Any) -> list[Array]:
         """A contiguous vector for each parameter. Raises GradientRejected for a tree, shape or type that differs."""
+        if type(gradients) is np.ndarray and self._fits_alone(gradients):
+            return [gradients.reshape(-1)]
         if isinstance(gradients, tuple):
             raise GradientRejected("", "a tuple was given. Give the gradients alone, in the form of the parameters")
         if isinstance(gradients, Mapping) != isinstance(self._tree, dict):
@@ -95,6 +97,16 @@ class Layout:
                 raise GradientRejected(name or _ONLY, told)
             found.append(np.ascontiguousarray(array).reshape(-1))
         return found
+
+    def _fits_alone(self, gradient: Array) -> bool:
+        """Whether this is all there is, as it should be: the shortest way."""
+        fits: bool = (
+            not isinstance(self._tree, dict)
+            and gradient.shape == self.shapes[0]
+            and gradient.dtype == self.kinds[0]
+            and gradient.flags.c_contiguous
+        )
+        return fits
 
     def check_finite(self, vectors: Sequence[Array], first_bad: Callable[[Array], int] | None = None) -> None:
         """Raise GradientRejected for the first parameter with a gradient that is NaN or infinite.

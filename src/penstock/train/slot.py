@@ -1,8 +1,11 @@
 """A slot: shared memory for one set of the parameters, between the server and one other process.
 
-The process maps it twice over: weights arrive in it, and gradients leave by it. It belongs to whoever speaks next: the
-messages on the socket beside it (fixed in size, one request, one answer) say when it changes hands, so neither side
-ever reads what the other is writing, on any processor.
+Weights arrive in it, and gradients leave by it. It belongs to whoever speaks next: the messages on the socket beside it
+(fixed in size, one request, one answer) say when it changes hands, so neither side ever reads what the other is
+writing, on any processor. The end of the socket is such a message, too.
+
+A gradient is *published* when the word that counts them is set, after the gradient and its version: from then on it is
+applied, whatever becomes of the process that computed it. The message that follows only says so.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,6 +29,7 @@ MESSAGE = struct.Struct("<cq")
 HELLO, PULL, PUSH, OK, FAILED = b"h", b"w", b"g", b"o", b"f"
 
 _ALIGNED = 64
+_COUNT, _VERSION = 0, 1  # the words in front
 
 
 class Slot:
@@ -35,11 +40,29 @@ class Slot:
             self._map = mmap.mmap(descriptor, _size(layout))
         finally:
             os.close(descriptor)
+        self._words = memoryview(self._map)[:_ALIGNED].cast("q")
+        self._count = 0  # of those published, as far as this side knows
         self.vectors: list[Array] = []
-        at = 0
+        at = _ALIGNED
         for size, kind in zip(layout.sizes, layout.kinds, strict=True):
             self.vectors.append(np.frombuffer(self._map, kind, size, at))
             at += _aligned(size * kind.itemsize)
+
+    def publish(self, gradients: Sequence[Array], version: int) -> None:
+        """Hand in gradients: the worker's side."""
+        for target, vector in zip(self.vectors, gradients, strict=True):
+            target[:] = vector
+        self._words[_VERSION] = version
+        self._count += 1
+        self._words[_COUNT] = self._count
+
+    def published(self) -> int | None:
+        """The version of the gradients that stand in the slot and weren't asked for before; None if there are none."""
+        count = self._words[_COUNT]
+        if count == self._count:
+            return None
+        self._count = count
+        return self._words[_VERSION]
 
 
 def make_slot(layout: Layout) -> int:
@@ -48,8 +71,7 @@ def make_slot(layout: Layout) -> int:
 
 
 def _size(layout: Layout) -> int:
-    sizes = zip(layout.sizes, layout.kinds, strict=True)
-    return max(_ALIGNED, sum(_aligned(size * kind.itemsize) for size, kind in sizes))
+    return _ALIGNED + sum(_aligned(size * kind.itemsize) for size, kind in zip(layout.sizes, layout.kinds, strict=True))
 
 
 def _aligned(size: int) -> int:
