@@ -1,10 +1,11 @@
 """What a push of 1,024 floats from another process takes: until it is published, and until it is visible.
 
-The server is in one process, a worker of a flow in another. *Published* is from the call of ``push_sync`` until its
-message has been sent: the gradient is in shared memory then, and is applied whatever becomes of the worker. *Visible*
-is all of ``push_sync``, which returns when the update has been applied. Beside it, from the same worker and in turns
-with it: 9 bytes to a third process and back over a bare ``socketpair``, and a ``multiprocessing`` manager whose object
-has ``push`` (``w -= rate * gradient``), called through its proxy. Medians.
+The server is in one process, a worker of a flow in another. *Published* is from the call of ``push_sync`` until the
+gradient stands in shared memory and is counted there: from then on it is applied whatever becomes of the worker.
+*Visible* is all of ``push_sync``, which returns when the update has been applied. Beside it, from the same worker and
+in turns with it: 9 bytes to a third process and back over a bare ``socketpair``, and a ``multiprocessing`` manager
+whose object has ``push`` (``w -= rate * gradient``), called through its proxy. Medians; each push follows at once upon
+the answer to the one before, so the worker has just been woken.
 """
 
 from __future__ import annotations
@@ -55,15 +56,15 @@ Managed.register("held", Held)
 
 
 class Stamped:
-    """A handle's socket that notes when a message is about to be sent, and when it has been."""
+    """A handle's socket that notes when it is given a message, so what that tells of is published, and when it is sent."""
 
     def __init__(self, inner: socket.socket) -> None:
         self.inner = inner
         self.recv = inner.recv
-        self.before = self.sent = 0
+        self.given = self.sent = 0
 
     def sendall(self, data: bytes) -> None:
-        self.before = time.perf_counter_ns()
+        self.given = time.perf_counter_ns()
         self.inner.sendall(data)
         self.sent = time.perf_counter_ns()
 
@@ -101,25 +102,25 @@ def pushes(handle: Any, address: Any, key: bytes) -> Figures:
         handle.push_sync(gradient, version=version)
 
     def stamped_pushes() -> tuple[list[int], list[int]]:
-        in_slot, published = [], []
+        published, sent = [], []
         handle._socket = stamped
         for _ in range(EACH):
             began = time.perf_counter_ns()
             push()
-            in_slot.append(stamped.before - began)
-            published.append(stamped.sent - began)
+            published.append(stamped.given - began)
+            sent.append(stamped.sent - began)
         handle._socket = bare
-        return in_slot, published
+        return published, sent
 
     spent: dict[str, list[int]] = {}
     ratios = []
     with near, echo:
         for turn in range(TURNS + 1):
-            in_slot, published = stamped_pushes()
+            published, sent = stamped_pushes()
             visible, trips = timed(push), timed(round_trip)
             proxied = timed(lambda: held.push(gradient))
             if turn:  # the first warms everything up
-                found = {"in slot": in_slot, "published": published, "visible": visible, "trip": trips}
+                found = {"published": published, "sent": sent, "visible": visible, "trip": trips}
                 for name, each in (found | {"manager": proxied}).items():
                     spent.setdefault(name, []).extend(each)
                 ratios.append(median(visible) / median(trips))
@@ -162,10 +163,7 @@ def run() -> Outcome:
     visible.met = found["visible / trip"] <= MOST_VISIBLE
     proxied = Row("the same: visible", told("visible"), "a manager's proxy", told("manager"))
     proxied.ratio = times(found["manager"] / found["visible"])
-    remark = (
-        f"Of the time until it is published, {told('in slot')} go by until the gradient is in shared memory; the rest "
-        "is the system call that sends the message, which wakes the server before it returns."
-    )
+    remark = f"The message that asks the server to apply it has been sent after {told('sent')}."
     return Outcome([published, visible, proxied], remarks=[remark])
 
 

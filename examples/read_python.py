@@ -105,6 +105,7 @@ def learn(params: Any, part: Part) -> tuple[float, Any]:
 
 async def run(url: str, beside: Path | None) -> None:
     os.nice(5 if beside else 0)  # the plain loop has but one process: so both end at about the same time
+    FOLDER.mkdir(exist_ok=True)
     names = json.loads(await asyncio.to_thread(lambda: urlopen(f"{url}/index.json").read()))
     async with (
         ps.EventLog(FOLDER / "events.db") as log,
@@ -180,7 +181,6 @@ def updates() -> int:
 
 def demo(megabytes: float) -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir()
     half = megabytes * 1e6 / PART / 2
     with serving(megabytes) as url:
         plain = subprocess.Popen([sys.executable, str(Path(__file__).with_name("byte_network.py")), url, str(PLAIN)])

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DEADLINE = 120
+
+
+READING = EXAMPLES / "read_python.py"
 
 
 def run(directory: Path, *arguments: str) -> str:
@@ -41,3 +50,36 @@ def test_enrich_undisturbed(tmp_path: Path) -> None:
     said = run(tmp_path, str(EXAMPLES / "enrich.py"), "--rows", "100")
     assert "delivered 99, dead 1" in said
     assert "redone: 1" in said
+
+
+def test_a_model_reads_python_and_is_killed_half_way(tmp_path: Path) -> None:
+    said = run(tmp_path, str(READING), "--megabytes", "0.4")
+    scored, parts, updates = re.findall(
+        r"(\d+) files scored once each and learned from once: (\d+) parts, (\d+)", said
+    )[0]
+    assert int(scored) > 10
+    assert parts == updates
+    ours, plain = (float(re.findall(rf"{name} +([\d.]+)", said)[0]) for name in ("this network", "by a plain loop"))
+    assert 3 < plain < ours < 4
+    assert (tmp_path / "run" / "reading.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("unmeasured")
+def test_the_reading_survives_ten_kills(tmp_path: Path) -> None:
+    """At random instants, and run again to the end, which says itself whether every file was read once."""
+    draw = random.Random(5)
+    for _ in range(10):
+        life = subprocess.Popen(
+            [sys.executable, str(READING), "run", "--megabytes", "2"], cwd=tmp_path, start_new_session=True
+        )
+        with suppress(subprocess.TimeoutExpired):
+            life.wait(draw.uniform(1, 6))
+        if draw.random() < 0.5:
+            life.kill()
+        else:
+            with suppress(ProcessLookupError):
+                os.killpg(life.pid, signal.SIGKILL)
+        life.wait()
+    said = run(tmp_path, str(READING), "run", "--megabytes", "2")
+    assert re.search(r"files scored once each and learned from once: ([\d,]+) parts, \1 updates", said), said
