@@ -18,6 +18,8 @@ from safetensors.numpy import load_file
 
 import penstock as ps
 from penstock.errors import CheckpointRejected, OutputInUse, PlanError, ResumeMismatch, WriteFailed
+from penstock.testing import run_virtual
+from penstock.train.store import Store
 
 
 class Interrupted(Exception):
@@ -314,3 +316,60 @@ def test_a_full_disk_ends_the_run_and_takes_back_what_isnt_saved(tmp_path: Path)
         assert [name for name in os.listdir(tmp_path / "run") if name.endswith(".part")] == []
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def saved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The versions that are saved, as they are."""
+    seen: list[int] = []
+    save = Store.save
+
+    def watched(store: Store, snapshot: Any, *args: Any) -> None:
+        seen.append(snapshot.version)
+        save(store, snapshot, *args)
+
+    monkeypatch.setattr(Store, "save", watched)
+    return seen
+
+
+async def in_half_a_second(params: Any, batch: Any) -> Any:
+    await asyncio.sleep(0.5)
+    return -np.ones(1)
+
+
+def test_checkpoints_come_by_the_second_or_after_so_many_updates(tmp_path: Path, saved: list[int]) -> None:
+    async def main(**kept: Any) -> None:
+        checkpoint = ps.Checkpoint(str(tmp_path / str(kept)), **kept)
+        async with ps.ParameterServer(np.zeros(1), ps.SGD(lr=1), checkpoint=checkpoint) as server:
+            await server.fit(in_half_a_second, ps.Flow(range(100)), workers=1)
+
+    run_virtual(main(seconds=10))
+    assert saved[0] == 0
+    assert saved[-1] == 100
+    assert 5 <= len(saved) <= 7
+    saved.clear()
+    run_virtual(main(seconds=1000, updates=25))
+    assert saved == [0, 25, 50, 75, 100, 100]  # the last one says that it is the end
+
+
+def test_events_that_come_one_by_one_are_no_reason_for_a_checkpoint_each(tmp_path: Path, saved: list[int]) -> None:
+    """Each of them finds all workers idle."""
+
+    async def main() -> None:
+        async with (
+            ps.EventLog(tmp_path / "events.db") as log,
+            ps.ParameterServer(np.zeros(1), ps.SGD(lr=1), checkpoint=str(tmp_path / "run")) as server,
+        ):
+
+            async def fill() -> None:
+                for number in range(50):
+                    await log.topic("t").publish(number)
+                    await asyncio.sleep(0.02)
+
+            flow = log.topic("t").flow("g")
+            report = await server.fit(lambda p, b: -np.ones(1), flow, workers=1, until=asyncio.create_task(fill()))
+            assert report.version == 50
+
+    run_virtual(main())
+    assert saved[-1] == 50
+    assert len(saved) < 30

@@ -6,9 +6,9 @@ while it waits; a write and a commit run in tasks of their own and are awaited t
 sees half a call. After a cancelled wait, ``finish`` writes nothing more and commits what was written.
 
 Pacing: commits that take t seconds are 19 t apart at the least, so they take at most 5 % of the time; no timer runs
-while there is nothing to commit. The quickest of the last few says what t is: on a busy machine the others have mostly
-waited for a processor, and what is repeated after a crash must not grow with that. When too much is written and
-uncommitted, a commit is forced.
+while there is nothing to commit. A sink may ask for more time between two (``pace``, which it may change). The quickest
+of the last few says what t is: on a busy machine the others have mostly waited for a processor, and what is repeated
+after a crash must not grow with that. When too much is written and uncommitted, a commit is forced.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class Committer:
         self._joined = source.joins(sink)
         self._reading = reading
         self._wanted: asyncio.Future[None] | None = None
-        self._next = host.clock() + max(_FIRST_AFTER, sink.pace)
+        self._since = host.clock()
+        self._apart = _FIRST_AFTER
         self._recent: deque[float] = deque(maxlen=_RECENT)
         channel.on_items = self._wake
         self.ledger.changed = self._wake
@@ -138,8 +139,11 @@ class Committer:
             self.meter.set_state(BUSY, self.host.clock())
 
     def _due(self) -> float:
-        """When to commit. What was taken from a subscription, and is all there is, isn't kept waiting."""
-        return 0.0 if self._reading is not None and not self.ledger.ahead else self._next
+        """When to commit. What was taken from a subscription, and is all there is, isn't kept waiting by a pace."""
+        pace = self.sink.pace
+        if self._reading is not None and not self.ledger.ahead:
+            return self._since + self._apart if pace else 0.0
+        return self._since + max(self._apart, pace)
 
     async def _write(self) -> None:
         entries, self.ledger.entries = self.ledger.entries, []
@@ -203,8 +207,8 @@ class Committer:
         self._first = None  # that commit also laid out the journal, and says little about the others
         self.meter.first.calls += 1
         self.meter.first.add_sample(took)
-        apart = (_SHARE - 1) * min(self._recent) if self._recent else _FIRST_AFTER
-        self._next = self.host.clock() + max(apart, self.sink.pace)
+        self._apart = (_SHARE - 1) * min(self._recent) if self._recent else _FIRST_AFTER
+        self._since = self.host.clock()
         self.ledger.committed(delta, fenced)
         if delta.settled and not self._joined:
             await self.source.settle(delta.settled)

@@ -240,7 +240,7 @@ class Sink(Protocol[T_contra]):
 
     @property
     def pace(self) -> float:
-        """The least seconds between two commits, beyond the run's own pacing; 0 for none."""
+        """The least seconds between two commits, beyond the run's own pacing; 0 for none. Asked again and again."""
 
     async def open(self, job: JobId) -> Progress:
         """Take the output for this job alone; return what earlier runs committed; undo what doesn't count.
