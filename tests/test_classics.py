@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,27 @@ def test_a_queue_of_events_has_the_results_of_the_tutorial_and_five_at_once_take
 
     assert run_virtual(timed(1)) == pytest.approx(5, abs=0.9)  # opening and committing take some real time
     assert run_virtual(timed(5)) == pytest.approx(1, abs=0.9)
+
+
+def test_a_pipeline_has_the_results_of_the_tutorial_and_overlaps_as_tasks_do() -> None:
+    classic = load("pipeline")
+    stages = classic.Stages(0.1, 0.2, 0.1)
+    expected = [f"Postprocessed: Inference: Preprocessed: Data{number}" for number in range(1, 6)]
+    for form, takes in ((classic.one_by_one, 2.0), (classic.with_tasks, 0.4), (classic.with_penstock, 0.4)):
+        seconds, results = run_virtual(classic.timed(form(stages, classic.DATA)))
+        assert results == expected
+        assert seconds == pytest.approx(takes)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_pipeline_holds_what_is_in_progress_where_tasks_hold_everything() -> None:
+    grown = {}
+    for form in ("tasks", "penstock"):
+        command = [sys.executable, CLASSICS / "pipeline.py", "--measure", form, "--count", "30000"]
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        grown[form] = float(re.findall(r"grows by ([\d.]+) MB", said)[0])
+    assert grown["tasks"] > 15
+    assert grown["penstock"] < 5
 
 
 def test_asynchronous_updates_end_with_all_gradients_and_nobody_waits() -> None:

@@ -31,7 +31,7 @@ from penstock.flow.limit import PATIENCE, Limit, Pace
 from penstock.flow.meter import SegmentMeter
 from penstock.flow.search import Search
 from penstock.flow.signals import OVERLOADED, THROTTLED, UNKNOWN, Signal
-from penstock.place.base import FAILED, MAP, OK, PENDING, TIMED_OUT, Chain, Pool, Task
+from penstock.place.base import FAILED, MAP, OK, PENDING, TIMED_OUT, Chain, Outer, Pool, Task
 from penstock.place.loop import clock_of
 
 __all__ = ["Gate"]
@@ -86,7 +86,7 @@ class _Start:
         self.began = began
 
 
-class Gate(Pool):
+class Gate(Outer):
     """``inner`` makes the pool that does the work. ``auto``: search for the best concurrency, up to ``workers``.
 
     ``limit``: None means one without numbers, which learns from what is refused. ``site``: the host that an item
@@ -131,16 +131,7 @@ class Gate(Pool):
         self._clock = clock_of(self._loop)
         if self._site_of is None:
             self._only = self._site("")
-        await self._inner.open()
-
-    @property
-    def in_progress(self) -> int:
-        return self._inner.in_progress
-
-    @property
-    def abandoned(self) -> list[str]:
-        """The inner pool's threads that timed out and still run."""
-        return list(getattr(self._inner, "abandoned", ()))
+        await super().open()
 
     @property
     def backlog(self) -> int:
@@ -325,9 +316,6 @@ class Gate(Pool):
         if len(self._sites) > _MOST_SITES:
             self._sites = {name: site for name, site in self._sites.items() if not site.idle}
 
-    def grant(self, task: Task) -> None:
-        self._inner.grant(task)
-
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def withdraw(self, task: Task) -> bool:
@@ -368,11 +356,3 @@ class Gate(Pool):
         self._ring.clear()
         self._waiting = 0
         self._inner.halt()
-
-    async def close(self) -> None:
-        self.halt()
-        await self._inner.close()
-
-    async def abort(self) -> None:
-        self.halt()
-        await self._inner.abort()

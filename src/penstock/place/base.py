@@ -62,6 +62,7 @@ __all__ = [
     "STREAM",
     "TIMED_OUT",
     "Chain",
+    "Outer",
     "Outside",
     "PerWorker",
     "Pool",
@@ -384,3 +385,32 @@ class Pool(ABC):
     @abstractmethod
     async def abort(self) -> None:
         """Cancel everything and wait until nothing runs."""
+
+
+class Outer(Pool):
+    """A pool around another one, ``_inner``, that says when its tasks start: what all such pools share."""
+
+    _inner: Pool
+
+    async def open(self) -> None:
+        await self._inner.open()
+
+    @property
+    def in_progress(self) -> int:
+        return self._inner.in_progress
+
+    @property
+    def abandoned(self) -> list[str]:
+        """The inner pool's threads that timed out and still run."""
+        return list(getattr(self._inner, "abandoned", ()))
+
+    def grant(self, task: Task) -> None:
+        self._inner.grant(task)
+
+    async def close(self) -> None:
+        self.halt()
+        await self._inner.close()
+
+    async def abort(self) -> None:
+        self.halt()
+        await self._inner.abort()

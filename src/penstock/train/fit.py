@@ -8,12 +8,11 @@ are workers, then the sink (``train/learner.py``).
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from penstock.errors import MissingDependency, PlanError
+from penstock.errors import PlanError
 from penstock.flow.contract import is_subscribed
 from penstock.flow.flow import Flow, changed
 from penstock.flow.job import Job
@@ -25,7 +24,7 @@ from penstock.train.lease import Lease
 from penstock.train.tickets import Tickets
 from penstock.train.worker import AsyncStep, Readable, Step
 
-__all__ = ["Fit", "check_fit", "job_of", "threads_of"]
+__all__ = ["Fit", "check_fit", "job_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +135,3 @@ def _epoch_by_epoch(flow: Flow[Any]) -> tuple[Stage, ...]:
             ordered = ordered and stage.options.ordered and stage.options.key is None
         stages.append(replace(stage, apart=epoch_of) if isinstance(stage, Batch) and ordered else stage)
     return tuple(stages)
-
-
-def threads_of(given: Fit, *, shared: bool) -> AbstractContextManager[Any]:
-    """Has numeric libraries of this process use one thread while it computes gradients of rounds."""
-    if shared or not given.in_rounds:
-        return nullcontext()
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        raise MissingDependency("threadpoolctl", "ps.BSP()", "train") from None
-    limits: AbstractContextManager[Any] = threadpool_limits(1)
-    return limits

@@ -141,6 +141,10 @@ class Learner:
         told = [f"version {self._weights.version:,}"]
         if self.losses:
             told.insert(0, f"loss {self.loss:.4g}")
+        late = self._weights.staleness
+        if late:
+            mean = sum(stale * count for stale, count in late.items()) / sum(late.values())
+            told.append(f"gradients {mean:.1f} updates late")
         if self.scores:
             told.append(f"score {self.scores[-1]}")
         return ", ".join(told)
@@ -186,11 +190,12 @@ class Learner:
                 await self.finish()
         store = self._store
         if store is not None:
-            assert self._journal is not None
+            journal = self._journal
+            assert journal is not None
             small = self._weights.layout.bytes <= AT_ONCE
             snapshot = self._weights.snapshot() if small else await self._desk.call(self._weights.snapshot)
             state = {"scores": self.scores, "epoch": self._scored_until, "stopped": self.stopped}
-            await self._disk.call(store.save, snapshot, store.settle(self._journal, delta, state))
+            await self._disk.call(store.save, snapshot, lambda: journal.transaction(delta, state))
         self._uncommitted = 0
         return Positions()
 

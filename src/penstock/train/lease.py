@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from penstock.place.base import DIED, OK, PENDING, Chain, Pool, Task
+from penstock.place.base import DIED, OK, PENDING, Chain, Outer, Pool, Task
 from penstock.train.tickets import Tickets
 
 __all__ = ["Lease"]
@@ -25,7 +25,7 @@ _DEATHS = 5
 """Workers that may die over one batch."""
 
 
-class Lease(Pool):
+class Lease(Outer):
     """``inner`` makes the pool that does the work."""
 
     def __init__(
@@ -46,18 +46,6 @@ class Lease(Pool):
         self._leases: dict[int, tuple[int, int]] = {}  # of each running task: its ticket, and how often it was started
         self._halted = False
         tickets.changed = self._start
-
-    async def open(self) -> None:
-        await self._inner.open()
-
-    @property
-    def in_progress(self) -> int:
-        return self._inner.in_progress
-
-    @property
-    def abandoned(self) -> list[str]:
-        """The inner pool's threads that timed out and still run."""
-        return list(getattr(self._inner, "abandoned", ()))
 
     @property
     def backlog(self) -> int:
@@ -99,18 +87,7 @@ class Lease(Pool):
             self.done(back)
         self._start()
 
-    def grant(self, task: Task) -> None:
-        self._inner.grant(task)
-
     def halt(self) -> None:
         self._halted = True
         self._waiting.clear()
         self._inner.halt()
-
-    async def close(self) -> None:
-        self.halt()
-        await self._inner.close()
-
-    async def abort(self) -> None:
-        self.halt()
-        await self._inner.abort()

@@ -23,6 +23,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Literal, Self, TypeVar
 
 from penstock.errors import Closed, PlanError
@@ -33,7 +34,7 @@ from penstock.flow.flow import Flow
 from penstock.place.base import cores
 from penstock.train.checkpoint import Checkpoint, as_checkpoint
 from penstock.train.consistency import ASP, Consistency
-from penstock.train.fit import Fit, check_fit, job_of, threads_of
+from penstock.train.fit import Fit, check_fit, job_of
 from penstock.train.handle import AT_ONCE, Handle, handle_of
 from penstock.train.learner import Learner
 from penstock.train.optimizer import SGD, Optimizer
@@ -42,6 +43,7 @@ from penstock.train.shared import Listener
 from penstock.train.store import Store
 from penstock.train.tickets import Tickets
 from penstock.train.weights import Weights
+from penstock.train.worker import one_thread
 
 __all__ = ["ParameterServer"]
 
@@ -397,7 +399,7 @@ class ParameterServer:
         dropped, counts = weights.dropped, weights.staleness
         try:
             job = job_of(given, read, learner, tickets, shared=shared)
-            with threads_of(given, shared=shared):
+            with one_thread() if given.in_rounds and not shared else nullcontext():
                 async with job.start(**options) as run:
                     began = weights.version
                     report = await run.finish()

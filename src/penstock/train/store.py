@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from penstock.errors import CheckpointRejected, MissingDependency
-from penstock.flow.contract import Delta, JobId
+from penstock.flow.contract import JobId
 from penstock.flow.database import Tables, connect, reported
 from penstock.flow.disk import make_directory, sync_directory, sync_file, writing
 from penstock.flow.journal import Journal, letters_identity
@@ -165,10 +165,6 @@ class Store:
             prefix=tables_prefix(job.name),
             lent=self._connection,
         )
-
-    def settle(self, journal: Journal, delta: Delta, state: dict[str, Any]) -> Callable[[], None]:
-        """What ``save`` is to write of a job."""
-        return lambda: journal.transaction(delta, state)
 
     def close(self) -> None:
         """Give the directory back. Safe to call twice."""

@@ -8,6 +8,7 @@ the batch is at hand: what is handed on can be applied.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from penstock.errors import GradientRejected, MissingDependency
 from penstock.train.kernels import Array
 from penstock.train.params import Layout, first_bad_plainly
 
-__all__ = ["AsyncStep", "Gradient", "Readable", "Step", "one_thread_each"]
+__all__ = ["AsyncStep", "Gradient", "Readable", "Step", "one_thread"]
 
 
 class Readable(Protocol):
@@ -61,7 +62,7 @@ class _Step:
     def _begin(self, batch: Any) -> tuple[Any, Any, int]:
         if self._alone:
             self._alone = False
-            one_thread_each()
+            one_thread()
         made = batch if self._collate is None else self._collate(batch)
         vectors, version = self._weights.copy()
         return self._weights.layout.tree(vectors), made, version
@@ -121,10 +122,12 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def one_thread_each() -> None:
-    """Have numeric libraries use one thread from now on: with several, sums are added up in another order each time."""
+def one_thread() -> AbstractContextManager[Any]:
+    """Have numeric libraries use one thread from now on, or in a ``with`` block: with several, the order in which sums
+    are added up isn't always the same."""
     try:
         from threadpoolctl import threadpool_limits
     except ImportError:
         raise MissingDependency("threadpoolctl", "ps.BSP()", "train") from None
-    threadpool_limits(1)
+    limits: AbstractContextManager[Any] = threadpool_limits(1)
+    return limits
