@@ -56,7 +56,7 @@ Managed.register("held", Held)
 
 
 class Stamped:
-    """A handle's socket that notes when it is given a message, so what that tells of is published, and when it is sent."""
+    """A handle's socket that notes when it is given a message, which is after publishing, and when that is sent."""
 
     def __init__(self, inner: socket.socket) -> None:
         self.inner = inner

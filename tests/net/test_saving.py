@@ -185,9 +185,11 @@ def test_a_target_that_can_t_be_written_is_that_item_s_error(tmp_path: Path) -> 
 
 def test_data_is_on_the_disk_before_the_file_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, bool]] = []
-    sync = saving._sync
+    sync = saving.sync_file
     target = tmp_path / "page"
-    monkeypatch.setattr(saving, "_sync", lambda descriptor: (seen.append(("sync", target.exists())), sync(descriptor)))
+    monkeypatch.setattr(
+        saving, "sync_file", lambda descriptor: (seen.append(("sync", target.exists())), sync(descriptor))
+    )
     run_virtual(save("/ok", lambda source: target))
     assert seen == [("sync", False)]
     assert target.read_bytes() == b"ok /ok"

@@ -15,7 +15,6 @@ import asyncio
 import hashlib
 import os
 import re
-import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +24,7 @@ from uuid import uuid4
 
 from penstock.errors import PlanError, WriteFailed
 from penstock.flow.commit import uninterrupted
+from penstock.flow.disk import sync_file, write_whole
 from penstock.net.request import Request
 
 __all__ = ["FileSink", "Gathered", "MemorySink", "SaveTo", "Sink", "as_saver", "file_name"]
@@ -145,16 +145,14 @@ class FileSink:
             self._part.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         for data in self._held:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._descriptor, view) :]
+            write_whole(self._descriptor, data)
         self._held.clear()
         self._size = 0
 
     def _finish(self) -> None:
         try:
             self._write()
-            _sync(self._descriptor)
+            sync_file(self._descriptor)
             os.close(self._descriptor)
             os.replace(self._part, self._target)
             self._descriptor = -1
@@ -171,15 +169,6 @@ class FileSink:
             pass
         self._descriptor = -1
         self._part.unlink(missing_ok=True)
-
-
-def _sync(descriptor: int) -> None:
-    if sys.platform == "darwin":
-        import fcntl
-
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # fsync there leaves the data in the drive's cache
-    else:
-        os.fdatasync(descriptor)
 
 
 def as_saver(save_to: Any) -> Callable[[Any, Request | Path], Path] | None:
