@@ -429,9 +429,9 @@ def test_what_cant_be_trained_is_refused_before_anything_runs(given: Any, words:
     asyncio.run(main())
 
 
-def test_one_fit_at_a_time_and_no_push_without_a_ticket() -> None:
+def test_one_fit_at_a_time() -> None:
     async def main() -> None:
-        async with ps.ParameterServer(np.zeros(1), ps.SGD(lr=1), ps.SSP(1)) as server:
+        async with ps.ParameterServer(np.zeros(1), ps.SGD(lr=1)) as server:
 
             async def slowly(params: Any, batch: int) -> Any:
                 with pytest.raises(PlanError, match="another fit"):
@@ -439,9 +439,20 @@ def test_one_fit_at_a_time_and_no_push_without_a_ticket() -> None:
                 return -np.ones(1)
 
             await server.fit(slowly, numbers())
-            with pytest.raises(PlanError, match="tickets, which fit gives out"):
-                await server.push(np.ones(1), version=0)
             assert (await server.pull())[0].tolist() == [8]
+
+    asyncio.run(main())
+
+
+def test_a_push_needs_no_ticket_but_is_none_of_a_round() -> None:
+    async def main() -> None:
+        async with ps.ParameterServer(np.zeros(1), ps.SGD(lr=1), ps.SSP(1)) as server:
+            await server.fit(walk, numbers())
+            assert await server.push(np.ones(1), version=3) == 9
+            assert (await server.pull())[0].tolist() == [7]
+        async with ps.ParameterServer(np.zeros(1), ps.SGD(lr=1), ps.BSP()) as server:
+            with pytest.raises(PlanError, match="rounds are of gradients that fit"):
+                await server.push(np.ones(1), version=0)
 
     asyncio.run(main())
 

@@ -50,6 +50,10 @@ __all__ = ["ParameterServer"]
 T = TypeVar("T")
 
 _PLACES = ("local", "shared")
+_NO_TICKET = PlanError(
+    "push() to a server with ps.BSP(), whose rounds are of gradients that fit has given out the batches for",
+    "Train with fit(), or make the server with ps.ASP()",
+)
 
 
 class ParameterServer:
@@ -108,7 +112,7 @@ class ParameterServer:
         self.place = place
         self.checkpoint = as_checkpoint(checkpoint)
         self._weights = Weights(params, optimizer, consistency)
-        self._refusal = None if isinstance(consistency, ASP) else _no_ticket(consistency)
+        self._refusal = _NO_TICKET if consistency.in_rounds else None
         self._lock = threading.Lock()
         self._opened = 0
         self._changing: Ending | None = None  # set while it is being opened or closed
@@ -243,13 +247,14 @@ class ParameterServer:
     async def push(self, gradients: Any, *, version: int) -> int:
         """Apply gradients that were computed from the parameters of ``version``; returns the version afterwards.
 
-        ``gradients``: in the form, shapes and types of the parameters, of NumPy or crossing by DLPack; they are read
-        only, and the caller's again on return.
+        It is applied at once, whatever ``fit`` and others do: no ticket bounds how stale it may be. ``gradients``: in
+        the form, shapes and types of the parameters, of NumPy or crossing by DLPack; they are read only, and the
+        caller's again on return.
 
         Raises GradientRejected, which names the parameter, for another form, shape or type, for NaN and infinity;
-        PlanError for a version that isn't there yet, and for a server whose consistency asks for tickets, which only
-        ``fit`` gives out; Closed outside of ``async with``. Nothing is changed then. Cancelled, it is applied as a
-        whole or not at all; until the server is closed, its arrays may still be read.
+        PlanError for a version that isn't there yet, and under BSP, whose rounds only ``fit`` makes; Closed outside of
+        ``async with``. Nothing is changed then. Cancelled, it is applied as a whole or not at all; until the server is
+        closed, its arrays may still be read.
         """
         vectors = self._checked(gradients, version)
         found = await self._do(self._weights.push, vectors, version)
@@ -418,11 +423,3 @@ class ParameterServer:
             stopped=learner.stopped,
             staleness={stale: count for stale, count in late.items() if count},
         )
-
-
-def _no_ticket(consistency: Consistency) -> PlanError:
-    name = type(consistency).__name__
-    return PlanError(
-        f"push() to a server with {name}: its gradients carry tickets, which fit gives out",
-        "Train with fit(), or make the server with ps.ASP()",
-    )
