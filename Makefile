@@ -34,7 +34,7 @@ lint: .venv/ready
 	.venv/bin/mypy
 
 docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 	@echo "the site is in site/"
 
 .venv/ready: pyproject.toml constraints.txt

@@ -69,11 +69,22 @@ def test_every_block_says_what_it_is(page: str) -> None:
     assert {one[1] for one in FENCED.finditer(text_of(page))} <= {"python", "text", "console"}
 
 
+def anchors_of(path: Path) -> set[str]:
+    """What the headings of a page are linked by, those of what it includes, too."""
+    text = path.read_text(encoding="utf-8")
+    for included in re.findall(r'^--8<-- "([^":]+)', text, re.MULTILINE):
+        text += (ROOT / included).read_text(encoding="utf-8")
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
-    for link in re.findall(r"\]\(([^)#]+)", text_of(page)):
+    for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text_of(page)):
         if not link.startswith("https://"):
-            assert ((DOCS / page).parent / link).exists(), link
+            path = (DOCS / page).parent / link if link else DOCS / page
+            assert path.exists(), link
+            assert not anchor or anchor in anchors_of(path), f"{link}#{anchor}"
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -94,6 +105,6 @@ def test_the_commands_exist() -> None:
     said = "\n".join(map(text_of, PAGES))
     for target in set(re.findall(r"`make (\w+)`", said)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for example in set(re.findall(r"examples/[\w/]+\.py", said)):
+    for example in set(re.findall(r"examples/[\w/]+\.(?:py|ipynb)", said)):
         assert (ROOT / example).exists(), example
     assert set(re.findall(r"(?:`|\$ )penstock (\w+)", said)) <= {"run", "fetch", "dead", "torture", "log"}

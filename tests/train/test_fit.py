@@ -481,3 +481,16 @@ def test_cancelling_ends_the_workers_and_leaves_whole_updates() -> None:
             assert report.updates == 5
 
     asyncio.run(main())
+
+
+def test_gradients_that_cant_be_written_to_are_averaged() -> None:
+    """As JAX's are."""
+
+    def gradient(params: Any, batch: int) -> Any:
+        fixed = -np.ones(3)
+        fixed.flags.writeable = False
+        return fixed
+
+    for place in PLACES:
+        found, _ = trained(gradient, numbers(), np.zeros(3), ps.SGD(lr=1), ps.BSP(), place=place, workers=2)
+        assert found.tolist() == [4, 4, 4]

@@ -75,7 +75,7 @@ async def arrays() -> None:
         assert gradients["b"].tolist() == [2, 2]
 
         traced = jax.jit(lambda b: refused(server, gradients | {"b": b}, "b") or b)
-        refused(server, gradients | {"b": jnp.ones(2, jnp.bfloat16)}, "b")
+        refused(server, gradients | {"b": jnp.ones(2, jnp.bfloat16)}, "b", "of bfloat16 was given")
         refused(server, gradients | {"b": jnp.ones(2, jnp.float16)}, "b", "float16[2] was given, expected float32[2]")
         refused(server, gradients | {"b": jnp.ones(2, int)}, "b", "int32[2] was given")
         refused(server, gradients | {"b": np.asarray(jnp.ones(2, jnp.bfloat16))}, "b", "bfloat16[2] was given")

@@ -40,10 +40,10 @@ class Layout:
         arrays = {name: _as_array(value) for name, value in found.items()}
         for name, array in arrays.items():
             if array is None or str(array.dtype) not in _KINDS:
-                kind = f"a {type(found[name]).__name__}" if array is None else f"an array of {array.dtype}"
                 raise PlanError(
-                    f"ParameterServer: the parameter {name or _ONLY!r} is {kind}",
-                    "Give arrays of float32 or float64, for instance value.astype(np.float32)",
+                    f"ParameterServer: the parameter {name or _ONLY!r} is {_told(found[name])}",
+                    "Give arrays of float32 or float64 in main memory, for instance value.astype(np.float32); "
+                    "of PyTorch's, value.detach()",
                 )
         self.names = tuple(arrays)
         self.shapes = tuple(array.shape for array in arrays.values() if array is not None)
@@ -90,7 +90,7 @@ class Layout:
             array = _as_array(value)
             wanted = f"{kind}{list(shape)}"
             if array is None:
-                told = f"a {type(value).__name__} was given, expected {wanted} in main memory, free of a graph"
+                told = f"{_told(value)} was given, expected {wanted} in main memory, free of a graph"
                 raise GradientRejected(name or _ONLY, told)
             if array.shape != shape or array.dtype != kind:
                 told = f"{array.dtype}{list(array.shape)} was given, expected {wanted}, as the parameter is"
@@ -165,6 +165,13 @@ def _filled(names: Any, by_name: Mapping[str, Any]) -> Any:
     if not isinstance(names, dict):
         return by_name[names]
     return {key: _filled(value, by_name) for key, value in names.items()}
+
+
+def _told(value: Any) -> str:
+    """What it is, in words."""
+    name, kind = type(value).__name__, getattr(value, "dtype", None)
+    name = "array" if isinstance(value, np.ndarray) else name
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}{'' if kind is None else f' of {kind}'}"
 
 
 def _as_array(value: Any) -> Array | None:

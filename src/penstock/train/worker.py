@@ -72,9 +72,8 @@ class _Step:
         loss, gradients = _taken_apart(result)
         vectors = layout.vectors(gradients)
         layout.check_finite(vectors, first_bad_plainly)
-        if self._keeps:
-            vectors = [np.array(vector) for vector in vectors]
-        return Gradient(vectors, version, loss)
+        mine = [np.array(one) if self._keeps or not one.flags.writeable else one for one in vectors]
+        return Gradient(mine, version, loss)
 
 
 class Step(_Step):
@@ -114,6 +113,8 @@ def _number(value: Any) -> float | None:
     """The number that it is, of whatever library; None if it is none."""
     if isinstance(value, (Mapping, str)):
         return None
+    if hasattr(value, "detach"):  # PyTorch warns where a number is made of what belongs to a graph
+        value = value.detach()
     try:
         if getattr(value, "shape", ()) != ():
             return float(value.item())
