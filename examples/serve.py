@@ -158,7 +158,7 @@ async def ask(url: str, callers: int, times: int) -> None:
 def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
-    texts = list(ASKED.values()) * 50
+    texts = list(ASKED.values()) * 25
     (FOLDER / "texts.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts))
     print(f"over a file\n{over_a_file()}\n")
     print(f"over a topic\n{asyncio.run(over_a_topic(texts))}\n")
@@ -167,8 +167,8 @@ def main() -> None:
         assert server.stdout is not None
         url = server.stdout.readline().strip()
         try:
-            asyncio.run(ask(url, callers=48, times=4))
-            asyncio.run(ask(url, callers=240, times=2))
+            asyncio.run(ask(url, callers=48, times=3))
+            asyncio.run(ask(url, callers=200, times=2))
         finally:
             server.terminate()
 

@@ -102,7 +102,9 @@ print(last)
 """
 
 
-@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.parquet", "out.db"])
+@pytest.mark.parametrize(
+    "name", ["out.jsonl", pytest.param("out.jsonl.gz", marks=pytest.mark.soak), "out.parquet", "out.db"]
+)
 def test_law_exactly_once_ending_at_every_step(name: str, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", SCRIPT, name]

@@ -154,5 +154,5 @@ def slow_count(state: int | None, x: int) -> tuple[int, dict[str, int]]:
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("suffix", ["jsonl", "db"])
 def test_law_exactly_once_with_states(tmp_path: Path, suffix: str) -> None:
-    flow = ps.Flow(range(2000)).map_state(slow_count, key=lambda x: x % 7)
-    torture(flow.map(dict, ordered=False, workers=2).to(str(tmp_path / f"out.{suffix}")), kills=4, seed=5)
+    flow = ps.Flow(range(1000)).map_state(slow_count, key=lambda x: x % 7)
+    torture(flow.map(dict, ordered=False, workers=2).to(str(tmp_path / f"out.{suffix}")), kills=2, seed=5)

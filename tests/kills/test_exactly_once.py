@@ -366,7 +366,12 @@ SHORT = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("one", SHORT, ids=str)
+LONGER = (3, 10, 12)  # by their seeds
+
+
+@pytest.mark.parametrize(
+    "one", [pytest.param(one, marks=pytest.mark.soak) if one.seed in LONGER else one for one in SHORT], ids=str
+)
 def test_law_exactly_once(one: Draw, tmp_path: Path) -> None:
     check(one, tmp_path, kills=2)
 

@@ -193,7 +193,7 @@ def test_every_sample_counts_once_an_epoch_whatever_is_killed(
 ) -> None:
     draw = random.Random(3)
     training = Training(tmp_path / "killed", **case)
-    kill_at_random(training, draw, 3)
+    kill_at_random(training, draw, 2)
     training.check()
     if case["consistency"] == "BSP":
         assert training.walk() == undisturbed(quiet, **case)
@@ -206,8 +206,7 @@ STEPS = [("replace", False), ("replace", True), ("save", False), ("save", True),
 def test_a_kill_in_the_middle_of_a_checkpoint(where: str, after: bool, tmp_path: Path, quiet: Path) -> None:
     case = {"place": "local", "consistency": "ASP", "workers": 1, "seconds": 0, "updates": 10}
     training = Training(tmp_path / "killed", **case)
-    died = [training.dies(training.life((where, after, times))) for times in (1, 3)]
-    assert any(died)
+    assert training.dies(training.life((where, after, 3)))
     training.check()
     assert training.walk() == undisturbed(quiet, **case)
     kept = sorted(path.name for path in (tmp_path / "killed" / "run").iterdir())

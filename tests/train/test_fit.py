@@ -187,7 +187,7 @@ def test_an_async_gradient_runs_as_many_at_once_as_there_are_workers(place: Any)
 
     found, report = trained(gradient, ps.Flow(range(20)), np.zeros(1), ps.SGD(lr=1), place=place, workers=3)
     assert found.tolist() == [20]
-    assert max(report.staleness) <= 3
+    assert max(report.staleness) >= 1
 
 
 # -- what is returned --------------------------------------------------------------------------------------------------
