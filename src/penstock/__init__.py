@@ -1,4 +1,4 @@
-"""penstock: write the work once, run it over a list, a file or a live request; every item is accounted for.
+"""penstock: write the work once, run it over a list, a file, a topic or live requests; every item is accounted for.
 
 The names below are all there is to type; each is loaded when it is first used, so that importing penstock
 costs next to nothing and loads no optional package.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from penstock.cli.load import load_job
+from penstock.cli.logfile import piped
 from penstock.cli.outcome import DONE, outcome
 
 __all__ = ["run_target"]
@@ -12,8 +13,12 @@ def run_target(target: str, *, to: str | None, fresh: bool, inline: bool, progre
     """Run the job that ``FILE[:NAME]`` names and return the exit code."""
 
     def work() -> int:
-        job = load_job(target, to)
-        print(job.run_sync(fresh=fresh, inline=inline, progress=progress))
-        return DONE
+        report = load_job(target, to).run_sync(fresh=fresh, inline=inline, progress=progress)
+
+        def tell() -> int:
+            print(report)
+            return DONE
+
+        return piped(tell)
 
     return outcome(work)

@@ -224,7 +224,13 @@ def is_subscribed(source: Any) -> bool:
 
 
 class Sink(Protocol[T_contra]):
-    """Where outputs go. ``write`` is never called during ``commit``, and neither twice at once."""
+    """Where outputs go. ``write`` is never called during ``commit``, and neither twice at once.
+
+    A sink that is ``exactly_once`` keeps all of a ``Delta``, and gives it back as ``Progress`` when it is opened again:
+    ``ids`` where the job keeps them, ``states`` for ``map_state``, ``children`` for ``flat_map(whole=False)``.
+    (``Journal`` does that.) Two more are asked for where they are there: ``weakness``, why it is at least once, and
+    ``status()``, a few words for the display.
+    """
 
     @property
     def identity(self) -> str:

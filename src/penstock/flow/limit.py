@@ -67,7 +67,8 @@ class Limit:
     ``throttled``: a function of an exception or a result that says whether the server refused it: True, or the seconds
     to wait; None or False leaves it to what penstock can read (429, 503, ``Retry-After``, ``x-ratelimit-*``, …).
 
-    One Limit may be given to several stages, in several threads: together they keep to it. Raises PlanError for rates
+    One Limit may be given to several stages, in several threads: together they keep to it. It holds within one process
+    (a stage's worker processes included: their calls are started from there). Raises PlanError for rates
     that aren't positive numbers, and for ``tokens_per_minute`` without ``tokens`` or the other way round.
 
     >>> import penstock as ps

@@ -262,7 +262,8 @@ def _lines(report: Report) -> list[str]:
     if report.errors:
         lines += ["", "errors"]
         lines += [line for group in report.errors for line in _error(group)]
-    lines += ["", *wrapped(str(report.bottleneck))]
+    if report.issued or not report.notes:  # where there was nothing to do, nothing limits
+        lines += ["", *wrapped(str(report.bottleneck))]
     lines += [line for note in report.notes for line in wrapped(f"note: {note}", "", "  ")]
     return lines
 

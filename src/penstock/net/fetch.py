@@ -91,12 +91,11 @@ def fetch(
     throttled status decode too_big blocked``. Twenty refusals (401, 403, 407) in a row from one host, while
     nothing else succeeds, stop the run. Proxies are those of the environment. Raises PlanError for what can't be run.
 
-    >>> import pathlib, tempfile
-    >>> from penstock.net.fetch import fetch
+    >>> import pathlib, tempfile, penstock as ps
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = pathlib.Path(folder, "page.html")
     ...     _ = path.write_text("hello")
-    ...     [page] = fetch([path]).collect_sync()
+    ...     [page] = ps.fetch([path]).collect_sync()
     ...     page.text(), page.headers["content-type"]
     ('hello', 'text/html')
     """

@@ -40,8 +40,8 @@ class Request(Row):
 
     Raises PlanError for what can't be sent: another scheme, a line break in a header, both ``json`` and ``data``.
 
-    >>> from penstock.net.request import Request
-    >>> Request("https://api.example.com/v1?key=abc", headers={"Authorization": "Bearer abc"}, json={"n": 1})
+    >>> import penstock as ps
+    >>> ps.Request("https://api.example.com/v1?key=abc", headers={"Authorization": "Bearer abc"}, json={"n": 1})
     Request('https://api.example.com/v1?key=***', method='POST', headers={'Authorization': '***'}, json={'n': 1})
     """
 

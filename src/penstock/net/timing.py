@@ -41,8 +41,7 @@ class Timeout:
     Raises PlanError for values out of range.
 
     >>> import penstock as ps
-    >>> from penstock.net.timing import Timeout
-    >>> Timeout(idle=300)
+    >>> ps.Timeout(idle=300)
     Timeout(connect=10.0, idle=300, total=None)
     """
 
