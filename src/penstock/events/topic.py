@@ -218,10 +218,10 @@ class Topic(Generic[T]):
         the default there (False: at least once). Into a function it is at least once. The job runs until it is stopped;
         ``run(until="drained")`` ends when nothing is left.
 
-        An event whose stage fails is tried again, ``max_attempts`` times in all with a backoff from 0.1 s up, and
-        goes to the dead letters then, at once for a ``TypeError`` and its like, and where a ``map_state`` fails, which is
-        never tried again; ``retry=`` and ``on_error=`` (here or at a stage) change that. ``lease``, ``start``: see ``subscribe``; ``name``, ``id`` and the defaults: see
-        ``Flow``.
+        An event whose stage fails is tried again, ``max_attempts`` times in all with a backoff from 0.1 s up, and goes
+        to the dead letters then, at once for a ``TypeError`` and its like, and where a ``map_state`` fails, which is
+        never tried again; ``retry=`` and ``on_error=`` (here or at a stage) change that. ``lease``, ``start``: see
+        ``subscribe``; ``name``, ``id`` and the defaults: see ``Flow``.
 
         Raises PlanError for parameters out of range; the job raises GroupInUse.
         """

@@ -59,7 +59,7 @@ class Flow(Generic[T]):
     ``source``: anything iterable or async iterable, or one of ``ps.read``; without one the flow is unbound, for
     ``over`` to give it one or ``open`` to serve live calls. ``name``: names the source, and so the job, across runs.
     ``id``: a field's name or a function that gives each item an id; progress is kept by ids, so that a reordered input
-    can be resumed. An item without one fails, and a repeated one where the sink keeps ids. The rest: defaults of later stages.
+    can be resumed. An item without one fails, a repeated one where the sink keeps ids. Others: later stages' defaults.
 
     A flow is immutable: each verb returns a new flow, and one flow can be run any number of times.
 
