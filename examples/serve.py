@@ -71,7 +71,7 @@ def answer(scores: np.ndarray) -> dict[str, Any]:
     return {"language": list(LEARNED)[int(scores.argmax())], "score": round(float(scores.max()), 3)}
 
 
-WORK = ps.Flow().map_batches(ps.per_worker(Model), batch_size=32, max_wait=0.02).map(answer)
+WORK = ps.Flow().map(str.strip).map_batches(ps.per_worker(Model), batch_size=32, max_wait=0.02).map(answer)
 
 # -- over a file, over a topic -----------------------------------------------------------------------------------------
 

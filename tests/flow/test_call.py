@@ -200,6 +200,36 @@ def test_overload_is_refused_at_once() -> None:
     run_virtual(main())
 
 
+def test_what_waits_is_bounded_wherever_it_waits() -> None:
+    """A stage that is quick takes in everything; the requests then wait before the next one."""
+
+    async def quick(x: int) -> int:
+        return x
+
+    async def slow(xs: list[int]) -> list[int]:
+        await asyncio.sleep(50)
+        return xs
+
+    async def main() -> None:
+        work = ps.Flow().map(quick, concurrency=4).map_batches(slow, batch_size=8, max_wait=0.02, concurrency=1)
+        most = 10 + 4 + 8
+        async with work.open(max_waiting=10) as call:
+            callers = []
+            for x in range(400):
+                callers.append(asyncio.create_task(call(x)))
+                await asyncio.sleep(0.1)
+                assert call.report().in_flight <= most
+            answers = await asyncio.gather(*callers, return_exceptions=True)
+            refused = [answer for answer in answers if isinstance(answer, Overloaded)]
+            assert len(refused) > 300
+            assert sorted(answer for answer in answers if isinstance(answer, int)) == [
+                x for x, answer in enumerate(answers) if not isinstance(answer, Overloaded)
+            ]
+            nothing_is_left(call)
+
+    run_virtual(main())
+
+
 def test_batches_form_across_callers_and_wait_no_longer_than_they_may() -> None:
     batches: list[tuple[float, list[int]]] = []
 

@@ -276,6 +276,24 @@ def test_an_unbound_flow_goes_over_a_source_and_stays_unbound() -> None:
     assert work.source is None
 
 
+def test_the_defaults_of_a_flow_hold_for_what_is_put_over_it() -> None:
+    def fails_at_two(x: int) -> int:
+        if x == 2:
+            raise ValueError
+        return x
+
+    work = ps.Flow().map(fails_at_two)
+    assert work.over(ps.Flow([1, 2, 3], on_error="skip")).collect_sync() == [1, 3]
+    own = ps.Flow(on_error="raise").map(fails_at_two)
+    assert own.over(ps.Flow([1, 3], on_error="skip")).collect_sync() == [1, 3]
+    with pytest.raises(ValueError):
+        own.over(ps.Flow([2], on_error="skip")).collect_sync()
+    with pytest.raises(ValueError):
+        ps.Flow().map(fails_at_two, on_error="raise").over(ps.Flow([2], on_error="skip")).collect_sync()
+    stated = ps.Flow().map_state(lambda state, x: (state, fails_at_two(x)))
+    assert stated.over(ps.Flow([1, 2, 3], on_error="skip")).collect_sync() == [1, 3]
+
+
 def test_over_a_flow_puts_its_stages_first() -> None:
     first = ps.Flow(range(5), name="numbers", id=str, retry=2, timeout=3).filter(lambda x: x % 2)
     bound = ps.Flow(timeout=9).map(double).over(first)

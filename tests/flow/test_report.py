@@ -100,6 +100,25 @@ def test_a_slow_source_is_named() -> None:
     assert "waits 90 % of the time for texts/*.jsonl" in str(report.bottleneck)
 
 
+def test_a_source_that_has_ended_holds_nobody_up() -> None:
+    """The first stage has nothing to do for most of the time, having had all there was."""
+
+    async def work(xs: list[int]) -> list[int]:
+        await asyncio.sleep(5)
+        return xs
+
+    async def quick(x: int) -> int:
+        return x
+
+    flow = ps.Flow(range(100)).map(quick).map_batches(work, batch_size=10, concurrency=1)
+    report = run_virtual(flow.to(lambda x: None).run())
+    assert report.bottleneck.stage == "work"
+    batched = ps.Flow(range(100)).batch(10).map(work, concurrency=1)
+    report = run_virtual(batched.to(lambda x: None).run())
+    assert report.bottleneck.stage == "work"
+    assert report.stages[0].waiting == 0
+
+
 @pytest.mark.parametrize(
     ("sink", "said"), [("out.jsonl", "writing to out.jsonl"), (None, "the code that takes the results")]
 )

@@ -58,7 +58,7 @@ def find(
     if not settled or elapsed <= 0:
         return Bottleneck("none", "No item is done yet: nothing can be said about the bottleneck.")
     writing = max((shares.busy for segment, shares in segments if segment.first.place == "sink"), default=0.0)
-    segments = [pair for pair in segments if pair[0].first.place != "sink"]
+    segments = [pair for pair in segments if pair[0].first.place != "sink" and pair[0].works]
     if not segments:
         return Bottleneck("none", "The flow has no stage: reading and writing take all its time.")
     busiest, most = max(segments, key=lambda pair: pair[1].busy)

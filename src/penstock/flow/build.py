@@ -56,7 +56,8 @@ def build_segments(
             StageMeter(name, segment.place if isinstance(stage, Work) else "loop", segment.ceiling)
             for name, stage in zip(segment.names, segment.stages, strict=True)
         ]
-        meter = SegmentMeter(meters, segment.ceiling, host.clock())
+        works = bool(segment.works) or isinstance(segment.stages[0], MapState)
+        meter = SegmentMeter(meters, segment.ceiling, host.clock(), works=works)
         built.meters.append(meter)
         built.segments.append(_make(host, plan, segment, source, sink, meter, errors, left, kept, built, inline))
     return built

@@ -1,8 +1,9 @@
 """An unbound flow behind live requests: ``async with work.open() as call``.
 
-A request is in one of four states: *waiting* in the inlet (bounded: beyond the bound it is refused at once), *taken*
-by the first segment and not started, *at work*, *answered*. Each has a future that its caller awaits, found by the
-item's position, so nobody can get another's answer.
+A request is in one of four states: *waiting* in the inlet, *taken* by a segment and not started there, *at work*,
+*answered*. Those that aren't answered are bounded, by what all stages may have at work at once and ``max_waiting``
+besides: one that comes beyond is refused at once, wherever the others wait. Each has a future that its caller awaits,
+found by the item's position, so nobody can get another's answer.
 
 Cancelling a caller withdraws its item if it isn't at work yet; otherwise the work goes on and its answer is dropped.
 An error that would stop a run goes to the one caller whose item it is. Leaving the block closes the inlet: what was
@@ -49,6 +50,7 @@ class Call(Generic[T, U]):
         run = self._run
         await run.__aenter__()
         self._inlet = run.inlet
+        self._at_once = sum(one.ceiling * one.merges for one in run.segments if isinstance(one, WorkSegment))
         run.outlet.on_items = self._answer
         run.on_end = self._end
         self._open = True
@@ -65,8 +67,9 @@ class Call(Generic[T, U]):
         run = self._run
         if asyncio.get_running_loop() is not run.loop:
             raise WrongLoop
-        if len(self._inlet) >= self._max_waiting:
-            raise Overloaded(len(self._inlet), self._max_waiting)
+        waiting = run.ledger.open - self._at_once
+        if waiting >= self._max_waiting:
+            raise Overloaded(waiting, self._max_waiting)
         number = self._next
         self._next += 1
         answer: asyncio.Future[U] = run.loop.create_future()

@@ -34,6 +34,7 @@ from penstock.flow.stage import (
     make_map_state,
     make_options,
     positive,
+    with_defaults,
 )
 
 if TYPE_CHECKING:
@@ -375,7 +376,7 @@ class Flow(Generic[T]):
         return self._then(Take(positive(count, "take(count)", least=0)))
 
     def over(self, source: Flow[Any] | Iterable[Any] | AsyncIterable[Any] | Source[Any]) -> Flow[T]:
-        """Bind an unbound flow to a source, or to a flow whose stages then come first.
+        """Bind an unbound flow to a source, or to a flow: its stages then come first, and its defaults hold here too.
 
         Raises PlanError if this flow has a source already, or the other one has none.
 
@@ -392,14 +393,10 @@ class Flow(Generic[T]):
             flow = source
         else:
             flow = Flow(source, name=self.name, id=self.id)
-        return changed(
-            self,
-            source=flow.source,
-            stages=(*flow.stages, *self.stages),
-            name=self.name or flow.name,
-            id=self.id or flow.id,
-            defaults={**flow.defaults, **self.defaults},
-        )
+        defaults = {**flow.defaults, **self.defaults}
+        mine = [with_defaults(stage, defaults) for stage in self.stages]
+        parts = {"name": self.name or flow.name, "id": self.id or flow.id, "defaults": defaults}
+        return changed(self, source=flow.source, stages=(*flow.stages, *mine), **parts)
 
     def to(
         self,

@@ -9,13 +9,14 @@ All of this stands in the path of about a microsecond an item, so nothing here i
 - Service times are sampled by the places; ``segment.add_samples(entry, seconds)`` is called for those tasks alone.
 - ``segment.set_state(state, now)`` is called when a segment's state changes, with a time the run has anyway.
 
-What a segment is doing has one of five states, by the first that holds:
+What a segment is doing has one of six states, by the first that holds:
 
 1. HELD: a worker is free, and there are items that a limit doesn't let start yet.
 2. BUSY: every one of its workers has an item, or it has items and is free to hand them out.
 3. BLOCKED_HEAD: a worker is free, and the window of an ordered segment is full behind an item that isn't done.
 4. BLOCKED_OUTPUT: a worker is free, and what comes after the segment takes nothing more.
-5. WAITING_INPUT: a worker is free, and there is no item for it.
+5. OVER: a worker is free, and no item will come any more.
+6. WAITING_INPUT: a worker is free, and there is no item for it.
 
 *Busy* is not read off the state, for a stage with one of 32 coroutines at work is 3 % busy. It is the sampled mean
 of the service time × calls / (elapsed × ceiling). The rest of the capacity is idle, and the states say why. A ceiling
@@ -33,6 +34,7 @@ __all__ = [
     "BLOCKED_OUTPUT",
     "BUSY",
     "HELD",
+    "OVER",
     "WAITING_INPUT",
     "Histogram",
     "SegmentMeter",
@@ -40,7 +42,7 @@ __all__ = [
     "StageMeter",
 ]
 
-WAITING_INPUT, BUSY, BLOCKED_OUTPUT, BLOCKED_HEAD, HELD = range(5)
+WAITING_INPUT, BUSY, BLOCKED_OUTPUT, BLOCKED_HEAD, HELD, OVER = range(6)
 
 _SHORTEST = 1e-6
 _LONGEST = 1e5
@@ -173,7 +175,7 @@ class SegmentMeter:
     """The stages of one segment, which share ``ceiling`` workers, and what the segment spends its time on.
 
     ``started`` is the time of its start by the run's clock; every ``now`` is by the same clock. ``searched``: the
-    ceiling is found out while the run goes.
+    ceiling is found out while the run goes. ``works``: False for one without workers, which spends no time.
     """
 
     __slots__ = (
@@ -188,19 +190,21 @@ class SegmentMeter:
         "stages",
         "started",
         "state",
+        "works",
     )
 
-    def __init__(self, stages: Sequence[StageMeter], ceiling: int, started: float) -> None:
+    def __init__(self, stages: Sequence[StageMeter], ceiling: int, started: float, *, works: bool = True) -> None:
         self.stages = list(stages)
         self.first = self.stages[0]
         self.last = self.stages[-1]
         self.ceiling = ceiling
         self.started = started
         self.searched = False
+        self.works = works
         self.state = WAITING_INPUT
         self._since = self._changed = started
         self._capacity = 0.0
-        self._spent = [0.0, 0.0, 0.0, 0.0, 0.0]
+        self._spent = [0.0] * 6
 
     def start(self, now: float) -> None:
         """The workers are there: what was before isn't theirs to account for."""
@@ -263,7 +267,7 @@ class SegmentMeter:
     def shares(self, now: float) -> Shares:
         """Where the capacity went, until now."""
         elapsed = now - self.started
-        if elapsed <= 0:
+        if elapsed <= 0 or not self.works:
             return Shares(0.0, 0.0, 0.0, 0.0)
         busy = min(1.0, sum(self.busy(stage, now) for stage in self.stages))
         spent = list(self._spent)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from penstock.flow.bottleneck import Bottleneck, find
-from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, HELD, WAITING_INPUT, SegmentMeter
+from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, HELD, OVER, WAITING_INPUT, SegmentMeter
 from penstock.flow.progress import Position
 from penstock.flow.text import WIDTH, compact, duration, number, percent, rate, table, wrapped
 
@@ -24,6 +24,7 @@ _WORTH_A_COLUMN = 0.005
 _OTHERS = "other errors"
 _STATES = {
     WAITING_INPUT: "waiting for input",
+    OVER: "done with its input",
     BUSY: "busy",
     BLOCKED_OUTPUT: "blocked on output",
     BLOCKED_HEAD: "blocked by the order",

@@ -24,7 +24,7 @@ from penstock.flow.channel import Channel
 from penstock.flow.contract import Failed
 from penstock.flow.failing import Policy, Tries
 from penstock.flow.ledger import DEAD, SKIPPED, Ledger
-from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, HELD, WAITING_INPUT, SegmentMeter
+from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, HELD, OVER, WAITING_INPUT, SegmentMeter
 from penstock.flow.origin import FILTERED
 from penstock.place.base import DROPPED, OK, PENDING, Pool, Task
 
@@ -325,7 +325,7 @@ class WorkSegment(Runner):
         elif self.source.items and not wanting:
             state = BLOCKED_HEAD if self.ordered else BUSY
         elif not self.source.items:
-            state = WAITING_INPUT
+            state = OVER if self.source.closed else WAITING_INPUT
         else:
             state = BUSY
         if state != meter.state:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from math import isfinite
 from typing import Any, Literal, TypedDict
@@ -45,6 +45,7 @@ __all__ = [
     "make_options",
     "pacing",
     "positive",
+    "with_defaults",
 ]
 
 OnError = Literal["raise", "skip", "keep", "dead_letter"]
@@ -52,15 +53,8 @@ SinkOnError = Literal["raise", "skip", "dead_letter"]
 
 _PLACES = ("loop", "thread", "process")
 _ON_ERROR = ("raise", "skip", "keep", "dead_letter")
-_NOT_DESCRIBED = (
-    "place",
-    "ceiling",
-    "named",
-    "auto",
-    "limit",
-    "site",
-    "gate",
-)  # how fast, which may change between runs
+# How fast, which may change between runs; and what the rest was made of.
+_NOT_DESCRIBED = ("place", "ceiling", "named", "auto", "limit", "site", "gate", "given")
 _LOOP_CONCURRENCY = 32
 _MOST = {"loop": 1024, "thread": 64}  # what concurrency="auto" may find; processes: as many as there are cores
 
@@ -101,7 +95,8 @@ class Options:
     ``ceiling``: items in progress at once (concurrency on the loop, workers elsewhere); ``named`` if the stage
     itself named it, so that it isn't shared with its neighbours; ``auto``: the most that may be found to be best.
     ``site``: a function that gives the host an item goes to, where rates and concurrency are kept by host. ``gate``:
-    makes a pool around the stage's own (``inner=``), which starts items by a rule of its own.
+    makes a pool around the stage's own (``inner=``), which starts items by a rule of its own. ``given``: what the stage
+    itself said; the rest are defaults.
     """
 
     place: str
@@ -117,6 +112,7 @@ class Options:
     limit: Limit | None = None
     site: Callable[[Any], str] | None = None
     gate: Callable[..., Pool] | None = None
+    given: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def gated(self) -> bool:
@@ -204,7 +200,8 @@ class Take:
 class MapState:
     """Calls ``function(state, item)``, which returns the new state of the item's key and an output.
 
-    ``key``: a function of an item, or None: the event's key over a topic, elsewhere one state for all.
+    ``key``: a function of an item, or None: the event's key over a topic, elsewhere one state for all. ``said``: the
+    ``on_error`` that the stage itself said, if it did.
     """
 
     function: Any
@@ -212,6 +209,7 @@ class MapState:
     key: Callable[[Any], Any] | None
     initial: Any
     on_error: str
+    said: str | None = None
 
     verb = "map_state"
 
@@ -281,7 +279,7 @@ def make_map_state(
     policy = on_error or defaults.get("on_error", "raise")
     if policy not in _ON_ERROR:
         raise PlanError(f"map_state(on_error={on_error!r})", f"Give one of {', '.join(map(repr, _ON_ERROR))}")
-    return MapState(function, name or function_name(function), key, initial, policy)
+    return MapState(function, name or function_name(function), key, initial, policy, on_error)
 
 
 def make_options(
@@ -362,7 +360,19 @@ def _resolve(where: str, function: Any, given: dict[str, Any], defaults: dict[st
         limit=limit,
         site=_site(given.get("site"), limit),
         gate=given.get("gate"),
+        given=given,
     )
+
+
+def with_defaults(stage: Stage, defaults: dict[str, Any]) -> Stage:
+    """The stage with other defaults; what it said itself stays. Raises PlanError."""
+    if isinstance(stage, MapState):
+        return replace(stage, on_error=stage.said or defaults.get("on_error", "raise"))
+    if not isinstance(stage, Work):
+        return stage
+    batches = isinstance(stage, MapBatches)
+    options = _resolve(f"stage {stage.name!r}:", stage.function, stage.options.given, defaults, batches)
+    return replace(stage, options=options)
 
 
 def _site(site: Callable[[Any], str] | None, limit: Limit | None) -> Callable[[Any], str] | None:
@@ -408,11 +418,11 @@ def describe(stage: Stage) -> str:
         if isinstance(stage, FlatMap) and not stage.whole:
             parts.append("whole=False")
         options = stage.options
-        for field in fields(Options):
-            value = getattr(options, field.name)
-            if field.name in _NOT_DESCRIBED or value is None or value == field.default:
+        for one in fields(Options):
+            value = getattr(options, one.name)
+            if one.name in _NOT_DESCRIBED or value is None or value == one.default:
                 continue
-            parts.append(f"{field.name}={_words(value)}")
+            parts.append(f"{one.name}={_words(value)}")
         return " ".join(parts)
     if isinstance(stage, Batch):
         return f"batch({stage.size})" + (f" max_wait={stage.max_wait:g}" if stage.max_wait is not None else "")
@@ -455,8 +465,8 @@ def _digest(constant: Any) -> str:
 def _words(value: Any) -> str:
     """A parameter in words, the same in every process: functions and classes by their names."""
     if isinstance(value, Retry):
-        given = {field.name: getattr(value, field.name) for field in fields(Retry)}
-        changed = [field.name for field in fields(Retry) if given[field.name] != field.default]
+        given = {one.name: getattr(value, one.name) for one in fields(Retry)}
+        changed = [one.name for one in fields(Retry) if given[one.name] != one.default]
         return f"Retry({', '.join(f'{name}={_words(given[name])}' for name in changed)})"
     if isinstance(value, tuple):
         return "|".join(map(_words, value))

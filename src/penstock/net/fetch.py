@@ -83,7 +83,7 @@ def fetch(
     - ``max_bytes``: the most that a body may have, on the wire and decompressed (64 MB).
     - ``save_to``: a directory, or a function of an item that returns its path. The body goes to that file, which
       appears when it is whole; ``Fetched.path`` names it.
-    - ``allow_private``: True, or networks such as ``["10.0.0.0/8"]``. Other addresses that aren't public are refused:
+    - ``allow_private``: True, or networks such as ``["10.0.0.0/8"]``. Addresses that aren't public (loopback too) are refused:
       a listed one stops the run, one behind a redirect is that item's error.
     - ``on_error``, ``max_failures``, ``ordered``, ``key``, ``name``: see ``Flow``.
 

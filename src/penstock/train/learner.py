@@ -146,7 +146,8 @@ class Learner:
             mean = sum(stale * count for stale, count in late.items()) / sum(late.values())
             told.append(f"gradients {mean:.1f} updates late")
         if self.scores:
-            told.append(f"score {self.scores[-1]}")
+            last = self.scores[-1]
+            told.append(f"score {last:.4g}" if isinstance(last, float) else f"score {last}")
         return ", ".join(told)
 
     @property
