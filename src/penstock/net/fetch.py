@@ -83,8 +83,8 @@ def fetch(
     - ``max_bytes``: the most that a body may have, on the wire and decompressed (64 MB).
     - ``save_to``: a directory, or a function of an item that returns its path. The body goes to that file, which
       appears when it is whole; ``Fetched.path`` names it.
-    - ``allow_private``: True, or networks such as ``["10.0.0.0/8"]``. Addresses that aren't public (loopback too) are refused:
-      a listed one stops the run, one behind a redirect is that item's error.
+    - ``allow_private``: True, or networks such as ``["10.0.0.0/8"]``. Other addresses that aren't public (loopback is
+      one) are refused: a listed one stops the run, one behind a redirect is that item's error.
     - ``on_error``, ``max_failures``, ``ordered``, ``key``, ``name``: see ``Flow``.
 
     A status of 400 or more is an error. Failures are ``FetchError``, with a ``reason`` of ``dns connect tls timeout
