@@ -18,6 +18,8 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PROMISED = re.compile(r"^ *print\(.*\) +# (.+)$", re.MULTILINE)
 DEADLINE = 120
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 # Each block is a script of its own, in the order of the page; a block that begins with "# name.py" is also that file.
 RUNNER = """
 import json, sys

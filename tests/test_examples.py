@@ -16,6 +16,8 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 DEADLINE = 120
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 READING = EXAMPLES / "read_python.py"
 
@@ -66,7 +68,6 @@ def test_a_model_reads_python_and_is_killed_half_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.usefixtures("unmeasured")
 def test_the_reading_survives_ten_kills(tmp_path: Path) -> None:
     """At random instants, and run again to the end, which says itself whether every file was read once."""
     draw = random.Random(5)

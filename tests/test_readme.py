@@ -18,6 +18,8 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 CODE = [text for language, text in BLOCKS if language == "python"]
 FIRST = next(text for text in CODE if "varieties.jsonl" in text)
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def run(text: str, directory: Path) -> str:
     if not (directory / "README.md").exists():

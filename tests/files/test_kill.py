@@ -49,7 +49,15 @@ asyncio.run(main())
 KILLS = 6
 
 
-@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.csv", "out.parquet", "out.db"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "out.jsonl",
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("out.jsonl.gz", "out.csv")),
+        "out.parquet",
+        "out.db",
+    ],
+)
 def test_law_exactly_once_after_kills_at_random_instants(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

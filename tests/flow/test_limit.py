@@ -556,7 +556,7 @@ def test_a_quota_that_is_told_is_used(kind: str) -> None:
     assert whole.wasted == 0
 
 
-@pytest.mark.parametrize("factor", [0.5, 2])
+@pytest.mark.parametrize("factor", [0.5, pytest.param(2, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_change_of_the_quota_is_followed(kind: str, factor: float) -> None:
     server = Quota429(kind, 600)

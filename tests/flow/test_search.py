@@ -72,7 +72,7 @@ def test_from_one() -> None:
     assert client.outcome(50, 100).goodput >= 0.9 * 64
 
 
-@pytest.mark.parametrize("factor", [0.5, 2, 4])
+@pytest.mark.parametrize("factor", [0.5, 2, pytest.param(4, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kind", ["uneven", "heavy tail"])
 def test_a_step_of_the_capacity_is_followed(kind: str, factor: float) -> None:
     """Within a hundred round trips it has found the new optimum, whether there is more or less of it."""

@@ -183,7 +183,7 @@ def kill_at_random(training: Training, draw: random.Random, kills: int) -> int:
 CASES = [
     {"place": "shared", "consistency": "ASP", "workers": 3},
     {"place": "shared", "consistency": "BSP", "workers": 2},
-    {"place": "local", "consistency": "SSP", "workers": 2},
+    pytest.param({"place": "local", "consistency": "SSP", "workers": 2}, marks=pytest.mark.soak),
 ]
 
 
@@ -199,7 +199,14 @@ def test_every_sample_counts_once_an_epoch_whatever_is_killed(
         assert training.walk() == undisturbed(quiet, **case)
 
 
-STEPS = [("replace", False), ("replace", True), ("save", False), ("save", True), ("_remove_stray", False)]
+STEPS = [
+    ("replace", True),
+    ("save", True),
+    *(
+        pytest.param(*step, marks=pytest.mark.soak)
+        for step in (("replace", False), ("save", False), ("_remove_stray", False))
+    ),
+]
 
 
 @pytest.mark.parametrize(("where", "after"), STEPS, ids=str)

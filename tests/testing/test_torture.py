@@ -21,6 +21,8 @@ from penstock.testing.killing import torture
 
 DEADLINE = 120
 
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
 
 def work(x: int) -> dict[str, Any]:
     """About a millisecond."""
@@ -72,7 +74,7 @@ class Again:
     [
         ps.Flow(range(300), name="ordered").map(picky, workers=2, on_error="dead_letter").filter(odd).to("out.jsonl"),
         ps.Flow(range(300), name="not").map(picky, ordered=False, on_error="skip").flat_map(doubled).to("out.sqlite"),
-        ps.Flow(range(300), name="parts").map(work).to("out.parquet"),
+        pytest.param(ps.Flow(range(300), name="parts").map(work).to("out.parquet"), marks=pytest.mark.soak),
     ],
     ids=["jsonl", "sqlite", "parquet"],
 )

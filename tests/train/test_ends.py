@@ -95,8 +95,9 @@ def test_a_training_that_fails_ends(place: str, how: str, error: str, program: P
     assert complained == ""
 
 
-@pytest.mark.parametrize("place", ["local", "shared"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("place", "number"), [("local", signal.SIGINT), ("shared", signal.SIGINT), ("shared", signal.SIGKILL)]
+)
 def test_a_training_that_gets_a_signal_ends_with_its_workers(place: str, number: signal.Signals, program: Path) -> None:
     life = started(program, place, "goes on")
     until = time.monotonic() + DEADLINE
