@@ -54,6 +54,13 @@ def test_enrich_undisturbed(tmp_path: Path) -> None:
     assert "redone: 1" in said
 
 
+def test_a_model_reads_a_little_python(tmp_path: Path) -> None:
+    said = run(tmp_path, str(READING), "run", "--megabytes", "0.1")
+    assert re.search(r"files scored once each and learned from once: (\d+) parts, \1 updates", said), said
+    assert (tmp_path / "run" / "reading.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.soak
 def test_a_model_reads_python_and_is_killed_half_way(tmp_path: Path) -> None:
     said = run(tmp_path, str(READING), "--megabytes", "0.25")
     scored, parts, updates = re.findall(
