@@ -211,3 +211,23 @@ def test_nothing_is_left_open() -> None:
         asyncio.run(main())
     assert count() <= before + 1
     assert threading.active_count() <= threads
+
+
+def test_a_push_that_is_interrupted_before_it_asks_is_applied_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next pull writes weights to the slot: they must not be taken for what was published."""
+
+    async def main() -> None:
+        async with ps.ParameterServer(np.full(4, 10.0), ps.SGD(lr=0.5), place="shared") as server:
+            handle = pickle.loads(pickle.dumps(server))
+            _, version = handle.pull_sync()
+
+            def interrupted(*_: object) -> int:
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(handle, "_ask", interrupted)
+                handle.push_sync(np.ones(4), version=version)
+            assert handle.pull_sync()[0].tolist() == [9.5] * 4
+        assert server.version == 1
+
+    asyncio.run(main())
