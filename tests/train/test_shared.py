@@ -17,7 +17,7 @@ import pytest
 import penstock as ps
 from penstock.errors import Closed, PlanError
 from penstock.train.handle import Handle
-from penstock.train.slot import HELLO, MESSAGE, PUSH
+from penstock.train.slot import HELLO, MESSAGE, PUSH, Slot
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -214,20 +214,26 @@ def test_nothing_is_left_open() -> None:
 
 
 def test_a_push_that_is_interrupted_before_it_asks_is_applied_as_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next pull writes weights to the slot: they must not be taken for what was published."""
+    """Weights or gradients that come after it must not be taken for what was published, nor stand in its place."""
 
     async def main() -> None:
         async with ps.ParameterServer(np.full(4, 10.0), ps.SGD(lr=0.5), place="shared") as server:
             handle = pickle.loads(pickle.dumps(server))
             _, version = handle.pull_sync()
 
-            def interrupted(*_: object) -> int:
+            publish = Slot.publish
+
+            def interrupted(*given: Any) -> None:
+                publish(*given)
                 raise KeyboardInterrupt
 
             with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-                patched.setattr(handle, "_ask", interrupted)
+                patched.setattr(Slot, "publish", interrupted)
                 handle.push_sync(np.ones(4), version=version)
-            assert handle.pull_sync()[0].tolist() == [9.5] * 4
-        assert server.version == 1
+            handle.pull_sync()
+            handle.push_sync(np.ones(4), version=version)
+        async with server:
+            assert (await server.pull())[0].tolist() == [9] * 4
+            assert server.version == 2
 
     asyncio.run(main())

@@ -12,6 +12,7 @@ import pickle
 import socket
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from penstock.errors import Closed, PlanError
@@ -82,9 +83,7 @@ class Handle:
         if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < _HIGHEST:
             raise PlanError(f"push(version={version!r})", "Give the version that pull returned with the parameters")
         with self._lock:
-            connected = self._connected()
-            self._slot.publish(vectors, version)
-            return self._ask(connected, PUSH, version)
+            return self._ask(self._connected(), PUSH, version, vectors)
 
     def copy(self) -> tuple[list[Array], int]:
         """A copy of the weights as vectors, all of one version."""
@@ -111,9 +110,16 @@ class Handle:
         self._socket = connected
         return connected
 
-    def _ask(self, connected: socket.socket, what: bytes, version: int) -> int:
-        """Ask, and wait for the answer. An interrupt in between leaves the socket closed: the answer is lost."""
+    def _ask(
+        self, connected: socket.socket, what: bytes, version: int, gradients: Sequence[Array] | None = None
+    ) -> int:
+        """Ask, having published gradients if there are any, and wait for the answer.
+
+        An interrupt in between leaves the socket closed: what was published is applied, and the answer is lost.
+        """
         try:
+            if gradients is not None:
+                self._slot.publish(gradients, version)
             connected.sendall(MESSAGE.pack(what, version))
             kind, number = MESSAGE.unpack(_received(connected, MESSAGE.size))
             told = _received(connected, number) if kind == FAILED else b""

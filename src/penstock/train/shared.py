@@ -152,8 +152,6 @@ class _Connection:
     def _answer(self, asked: bytes) -> bytes:
         try:
             if asked == PULL:
-                with suppress(PenstockError):  # of a push that was interrupted before it could ask: nobody waits for it
-                    self._apply()
                 return MESSAGE.pack(OK, self._weights.copy_into(self._slot.vectors))
             if asked != PUSH:
                 raise OSError(f"a process asked the parameter server for {asked!r}")
