@@ -373,3 +373,52 @@ def test_events_that_come_one_by_one_are_no_reason_for_a_checkpoint_each(tmp_pat
     run_virtual(main())
     assert saved[-1] == 50
     assert len(saved) < 30
+
+
+def failing_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> None:
+        raise WriteFailed("run", "no space left")
+
+    monkeypatch.setattr(Store, "_write", refuses)
+
+
+def test_what_was_taken_back_is_no_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that saved nothing is taken back; ``fresh`` then begins with what the server was made with."""
+
+    async def main() -> None:
+        async with ps.ParameterServer(np.full(1, 5.0), ps.SGD(lr=1), checkpoint=str(tmp_path / "run")) as server:
+            with monkeypatch.context() as patched, pytest.raises(WriteFailed):
+                failing_to_save(patched)
+                await server.fit(lambda p, b: -np.ones(1), ps.Flow(range(7)))
+            assert (await server.pull()) == (np.array([5.0]), 0)
+            await server.fit(lambda p, b: -np.ones(1), ps.Flow(range(7)), fresh=True)
+            assert (await server.pull()) == (np.array([12.0]), 7)
+            with monkeypatch.context() as patched, pytest.raises(WriteFailed):
+                failing_to_save(patched)
+                await server.fit(lambda p, b: -np.ones(1), ps.Flow(range(3), name="more"))
+            with pytest.raises(PlanError, match="has applied 7 updates"):
+                await server.fit(lambda p, b: -np.ones(1), ps.Flow(range(3)), fresh=True)
+            assert (await server.pull()) == (np.array([12.0]), 7)
+
+    asyncio.run(main())
+
+
+def test_what_cant_be_taken_back_isnt_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights hold more than the progress says, and the checkpoint can't be read: nothing makes them count."""
+
+    def unreadable(*_: Any) -> Any:
+        raise CheckpointRejected("run", "can't be read", "Restore it")
+
+    async def main() -> None:
+        async with ps.ParameterServer(np.zeros(1), ps.SGD(lr=1), checkpoint=str(tmp_path / "run")) as server:
+            with monkeypatch.context() as patched, pytest.raises(WriteFailed):
+                failing_to_save(patched)
+                patched.setattr(Store, "_read", unreadable)
+                await server.fit(lambda p, b: -np.ones(1), ps.Flow(range(7)))
+            await server.push(np.zeros(1), version=0)
+        async with ps.ParameterServer(np.zeros(1), ps.SGD(lr=1), checkpoint=str(tmp_path / "run")) as server:
+            assert (await server.pull()) == (np.zeros(1), 0)
+            await server.fit(lambda p, b: -np.ones(1), ps.Flow(range(7)))
+            assert (await server.pull()) == (np.array([7.0]), 7)
+
+    asyncio.run(main())

@@ -201,7 +201,9 @@ class GroupReading:
             await asyncio.wait({waiting, self._until}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
+            await asyncio.wait([waiting])
+        if not waiting.cancelled():
+            waiting.result()
 
     async def _join(self) -> None:
         await self.reader.join()

@@ -208,11 +208,11 @@ class ProcessPool(Pool):
         return True
 
     def _feed(self) -> None:
-        """Give every worker that may have one a chunk: those without work first."""
+        """Give every worker that may have one a chunk: those without work first, who has been so for longest before."""
         if not self._waiting:
             return
         idle = [link for link in self._links if link.ready and not link.chunks and not link.closing]
-        self._spread(idle)
+        self._spread(sorted(idle, key=lambda link: link.since))
         if self._waiting and self._mean < _SLOW:
             recent = time.monotonic() - _SLOW
             self._spread([link for link in self._links if len(link.chunks) == 1 and link.since > recent])

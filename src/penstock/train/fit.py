@@ -1,6 +1,6 @@
 """fit: a training run is a flow whose last stage computes gradients and whose sink applies them.
 
-``plan_fit`` checks everything that can be checked, and makes the job; nothing runs there. The stages of the user's flow
+``check_fit`` refuses what can't be run, and ``job_of`` makes the job; nothing runs here. The stages of the user's flow
 come first, then the gradient, leased by tickets (``train/lease.py``), then, in rounds, a ``batch`` of as many as there
 are workers, then the sink (``train/learner.py``).
 """

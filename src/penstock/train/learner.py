@@ -122,6 +122,8 @@ class Learner:
     def _open(self, store: Store, job: JobId) -> Progress:
         if job.fresh:
             store.reset()
+        elif store.saved < 0:  # an earlier run couldn't take back what it hadn't saved
+            store.load()
         self._journal = store.journal(job)
         progress = self._journal.load(job)
         self.scores = list(self._journal.state.get("scores", ()))

@@ -69,8 +69,6 @@ class Layout:
 
     def vectors(self, gradients: Any) -> list[Array]:
         """A contiguous vector for each parameter. Raises GradientRejected for a tree, shape or type that differs."""
-        if type(gradients) is np.ndarray and self._fits_alone(gradients):
-            return [gradients.reshape(-1)]
         if isinstance(gradients, tuple):
             raise GradientRejected("", "a tuple was given. Give the gradients alone, in the form of the parameters")
         if isinstance(gradients, Mapping) != isinstance(self._tree, dict):
@@ -88,25 +86,15 @@ class Layout:
         for name, shape, kind in zip(self.names, self.shapes, self.kinds, strict=True):
             value = given[name]
             array = _as_array(value)
-            wanted = f"{kind}{list(shape)}"
             if array is None:
-                told = f"{_told(value)} was given, expected {wanted} in main memory, free of a graph"
+                told = f"{_told(value)} was given, expected {kind}{list(shape)} in main memory, free of a graph"
                 raise GradientRejected(name or _ONLY, told)
             if array.shape != shape or array.dtype != kind:
-                told = f"{array.dtype}{list(array.shape)} was given, expected {wanted}, as the parameter is"
+                given_as, wanted = f"{array.dtype}{list(array.shape)}", f"{kind}{list(shape)}"
+                told = f"{given_as} was given, expected {wanted}, as the parameter is"
                 raise GradientRejected(name or _ONLY, told)
             found.append(np.ascontiguousarray(array).reshape(-1))
         return found
-
-    def _fits_alone(self, gradient: Array) -> bool:
-        """Whether this is all there is, as it should be: the shortest way."""
-        fits: bool = (
-            not isinstance(self._tree, dict)
-            and gradient.shape == self.shapes[0]
-            and gradient.dtype == self.kinds[0]
-            and gradient.flags.c_contiguous
-        )
-        return fits
 
     def check_finite(self, vectors: Sequence[Array], first_bad: Callable[[Array], int] | None = None) -> None:
         """Raise GradientRejected for the first parameter with a gradient that is NaN or infinite.

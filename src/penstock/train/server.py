@@ -288,7 +288,7 @@ class ParameterServer:
     def _is_due(self) -> bool:
         """Whether what was pushed is to be saved now. Says so once."""
         store, kept = self._store, self.checkpoint
-        if store is None or kept is None or self._fitting:
+        if store is None or kept is None or self._fitting or store.saved < 0:
             return False
         enough = kept.updates is not None and self.version - store.saved >= kept.updates
         now = time.monotonic()

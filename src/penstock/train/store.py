@@ -57,7 +57,7 @@ class Store:
 
     @property
     def saved(self) -> int:
-        """The version that was saved last."""
+        """The version that was saved last; -1 while the weights in memory aren't known to belong to any progress."""
         return self._saved
 
     def open(self) -> None:
@@ -82,6 +82,7 @@ class Store:
 
     def load(self) -> bool:
         """Have the weights of the last checkpoint restored; False if there is none."""
+        self._saved = -1
         with reported(self.database, "read"):
             row = self._connection.execute(
                 "SELECT version, model, optimizer FROM checkpoints ORDER BY version DESC LIMIT 1"
@@ -112,7 +113,7 @@ class Store:
         """
         model = optimizer = None
         version = snapshot.version
-        if version != self._saved:
+        if version > self._saved:
             layout = self._weights.layout
             shaped = [
                 {

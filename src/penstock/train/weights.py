@@ -77,9 +77,14 @@ class Weights:
             return Snapshot([vector.copy() for vector in self._weights], states, self.version)
 
     def restore(self, found: Snapshot) -> None:
-        """Go on from here. What there was at the beginning is kept, for ``reset``."""
+        """Go on from here: when the server opens, or, after updates that weren't saved, from what was saved last.
+
+        Where nothing was applied yet, what there was is kept for ``reset``.
+        """
         with self._lock:
-            self._first = self._first or Snapshot(self._weights, self._states, self.version)
+            if self.version == self._begun:
+                self._first = self._first or Snapshot(self._weights, self._states, self.version)
+                self._begun = found.version
             self._take(found)
 
     def reset(self) -> None:
@@ -93,10 +98,10 @@ class Weights:
             first, self._first = self._first, None
             if first is not None:
                 self._take(first)
+                self._begun = first.version
 
     def _take(self, found: Snapshot) -> None:
         self._weights, self._states, self.version = found.weights, found.states, found.version
-        self._begun = found.version
 
     def check_version(self, version: Any) -> None:
         """Raise PlanError for what is no version that the weights have had."""
