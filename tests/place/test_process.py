@@ -621,6 +621,14 @@ def test_what_a_constructor_raises_comes_out_of_open() -> None:
     go(main)
 
 
+def test_who_has_been_idle_for_longest_comes_first() -> None:
+    async def main() -> None:
+        async with Rig(lambda _: worker_index(), workers=2) as rig:
+            assert [(await rig.run([x]))[0].value for x in range(6)] == [0, 1, 0, 1, 0, 1]
+
+    go(main)
+
+
 def test_a_worker_that_is_killed_while_it_starts_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.place.process._KILLS", 4)
 
