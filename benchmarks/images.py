@@ -1,7 +1,11 @@
 """Decode 2,000 JPEGs and run a small network over them in batches: work for two cores, and nothing to wait for.
 
 The photographs are the two that come with scikit-learn, cut into crops. Decoding (Pillow) and the network (NumPy)
-both leave the interpreter's lock, so threads can use every core; the bound is all the work over all the cores.
+both leave the interpreter's lock, so threads can use every core; the bound is the time to draw the network's weights,
+which everybody waits for, and all the work over all the cores.
+
+What is imported on first use isn't a cost of pictures (``start`` measures that): every runner has its modules loaded by
+a first run of one batch.
 """
 
 from __future__ import annotations
@@ -11,13 +15,14 @@ import io
 import pickle
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from harness import ENVIRONMENT, Figures, NotRun, Outcome, Row, alternate, main, need, times
 
 ITEMS = 2000
+FIRST = 32
 SIDE = 256
 BATCH = 32
 CORES = 2
@@ -85,55 +90,67 @@ def batches(data: list[Any]) -> Iterator[list[Any]]:
 
 def alone() -> Figures:
     """One after the other, in one thread: the work."""
-    jpegs, network = photographs(), Network()
-    network([decode(jpegs[0])])
+    jpegs = photographs()
+    Network()([decode(jpeg) for jpeg in jpegs[:FIRST]])
     began = time.perf_counter()
+    network = Network()
+    built = time.perf_counter()
     pictures = [decode(jpeg) for jpeg in jpegs]
     decoded = time.perf_counter()
     labels = [label for batch in batches(pictures) for label in network(batch)]
-    return {"decode": decoded - began, "network": time.perf_counter() - decoded, "check": float(sum(labels))}
+    ended = time.perf_counter()
+    return {
+        "build": built - began,
+        "decode": decoded - built,
+        "network": ended - decoded,
+        "check": float(sum(labels)),
+    }
+
+
+def timed(work: Callable[[list[bytes]], list[int]]) -> Figures:
+    """What ``work`` takes over all pictures, after a first run over a few."""
+    jpegs = photographs()
+    work(jpegs[:FIRST])
+    began = time.perf_counter()
+    labels = work(jpegs)
+    return {"seconds": time.perf_counter() - began, "check": float(sum(labels))}
 
 
 def penstock() -> Figures:
     import penstock as ps
 
-    jpegs = photographs()
-    decode(jpegs[0])
-
-    async def work() -> Figures:
+    def work(jpegs: list[bytes]) -> list[int]:
         flow = ps.Flow(jpegs).map(decode, workers=CORES).map_batches(ps.per_worker(Network), batch_size=BATCH)
-        began = time.perf_counter()
-        labels = await flow.collect()
-        return {"seconds": time.perf_counter() - began, "check": float(sum(labels))}
+        return asyncio.run(flow.collect())
 
-    return asyncio.run(work())
+    return timed(work)
 
 
 def spdl() -> Figures:
     from spdl.pipeline import PipelineBuilder
 
-    jpegs = photographs()
-    decode(jpegs[0])
-    began = time.perf_counter()
-    pipeline = (
-        PipelineBuilder()
-        .add_source(jpegs)
-        .pipe(decode, concurrency=CORES, output_order="input")
-        .aggregate(BATCH)
-        .pipe(Network(), concurrency=1)
-        .add_sink(8)
-        .build(num_threads=CORES + 1)
-    )
-    with pipeline.auto_stop():
-        labels = [label for batch in pipeline for label in batch]
-    return {"seconds": time.perf_counter() - began, "check": float(sum(labels))}
+    def work(jpegs: list[bytes]) -> list[int]:
+        pipeline = (
+            PipelineBuilder()
+            .add_source(jpegs)
+            .pipe(decode, concurrency=CORES, output_order="input")
+            .aggregate(BATCH)
+            .pipe(Network(), concurrency=1)
+            .add_sink(8)
+            .build(num_threads=CORES + 1)
+        )
+        with pipeline.auto_stop():
+            return [label for batch in pipeline for label in batch]
+
+    return timed(work)
 
 
 def pool() -> Figures:
     """By hand: a pool that decodes ahead, a thread that runs the network."""
-    jpegs = photographs()
-    decode(jpegs[0])
-    began = time.perf_counter()
+    return timed(by_hand)
+
+
+def by_hand(jpegs: list[bytes]) -> list[int]:
     network = Network()
     labels: list[int] = []
     with ThreadPoolExecutor(CORES) as decoders, ThreadPoolExecutor(1) as runner:
@@ -151,16 +168,17 @@ def pool() -> Figures:
             running.append(runner.submit(network, batch))
         for future in running:
             labels += future.result()
-    return {"seconds": time.perf_counter() - began, "check": float(sum(labels))}
+    return labels
 
 
 def run() -> Outcome:
     found = alternate(__file__, {"alone": {}, "penstock": {}, "spdl": {}, "pool": {}}, rounds=5)
     work, ours = need(found["alone"], "the work alone"), need(found["penstock"], "penstock")
-    bound = max(work["decode"] / CORES, work["network"], (work["decode"] + work["network"]) / CORES)
+    bound = work["build"] + max(work["network"], (work["decode"] + work["network"]) / CORES)
     share = bound / ours["seconds"]
     figure = f"{ours['seconds']:.2f} s"
-    claim = f"{ITEMS:,} JPEGs: decode {work['decode']:.2f} s, network {work['network']:.2f} s of work"
+    parts = f"decode {work['decode']:.2f} s, network {work['network']:.2f} s of work"
+    claim = f"{ITEMS:,} JPEGs: {parts}, after {work['build']:.2f} s for its weights"
     rows = [
         Row(
             claim, figure, f"all the work over {CORES} cores", f"{bound:.2f} s", f"{share:.0%}", "≥ 95 %", share >= 0.95
