@@ -6,11 +6,13 @@ dependencies, and the peers it stands beside (``peers.txt``). A peer that can't 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +54,7 @@ SHOWN = HERE / "RESULTS.md"
 QUIET = 0.05
 """The share of the machine that others may use before the figures say little."""
 PICTURES = HERE / "pictures"
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER
 
 
 def build_environment() -> None:
@@ -96,8 +99,19 @@ def busy() -> float | None:
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
+def adopt() -> None:
+    """Become the parent of what a killed benchmark leaves: daemons of Ray."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+
+
 def ours() -> float:
-    """CPU seconds of this process and of those it waited for."""
+    """CPU seconds of this process and of all that came from it, which has ended by then."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    while left := children.read_text().split() if children.exists() else []:
+        for child in map(int, left):  # what they leave is adopted in turn
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
@@ -166,7 +180,8 @@ def show(results: dict[str, dict[str, Any]]) -> str:
     if loud:
         lines += [
             "",
-            f"**The machine wasn't idle during {', '.join(loud)}: those figures, reached or missed, say little.**",
+            f"**The machine wasn't idle during {', '.join(loud)}: unless it says there who else worked, those figures, "
+            "reached or missed, say little.**",
         ]
     if undecided:
         lines += ["", "Too noisy to decide:", ""]
@@ -186,7 +201,7 @@ def show(results: dict[str, dict[str, Any]]) -> str:
         measured = (f"`python benchmarks/bench.py {name}`", result["date"], f"{result['seconds']} s", result["machine"])
         others = result["others"]
         if others is not None and others > QUIET:
-            lines += ["", f"**Measured while other processes used {others:.0%} of the machine: not to be relied on.**"]
+            lines += ["", f"**Measured while other processes used {others:.0%} of the machine.**"]
         lines += ["", " · ".join([*measured, result["versions"]])]
     return "\n".join(lines) + "\n"
 
@@ -196,6 +211,7 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"there is no benchmark {unknown[0]!r}. There are: {' '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
+    adopt()
     build_environment()
     results: dict[str, dict[str, Any]] = json.loads(STORE.read_text()) if STORE.exists() else {}
     failed = 0

@@ -230,6 +230,7 @@ def run() -> Outcome:
                 Row("the quota used, undisturbed", "", form, f"{whole['used']:.0%}, {whole['refused']} refused")
             )
     remarks.append("The quota used counts from the start of the process to its end, imports and all.")
+    remarks.append("Nobody learns what the workers of Ray's own processes used: it counts as other processes' here.")
     return Outcome(rows, remarks=remarks)
 
 
