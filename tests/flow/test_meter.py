@@ -39,14 +39,6 @@ def test_a_quantile_is_right_to_half_a_bucket(values: list[float], q: float) -> 
     assert histogram_of(values).quantile(q) == pytest.approx(exact, rel=0.026)
 
 
-@given(st.lists(durations, max_size=50), st.lists(durations, max_size=50))
-def test_merging_is_adding_everything(some: list[float], others: list[float]) -> None:
-    merged, whole = histogram_of(some), histogram_of(some + others)
-    merged.merge(histogram_of(others))
-    assert merged.count == whole.count
-    assert [merged.quantile(q / 10) for q in range(11)] == [whole.quantile(q / 10) for q in range(11)]
-
-
 def test_a_histogram_is_bounded() -> None:
     histogram = histogram_of([10 ** (power / 500) for power in range(-5000, 5000)])
     assert len(histogram._buckets) <= 520

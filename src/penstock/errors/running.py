@@ -265,14 +265,14 @@ class WrongLoop(PenstockError, RuntimeError):
 
 
 class Closed(PenstockError, RuntimeError):
-    """``what`` was used before it was opened or after it was closed."""
+    """``what`` was used before it was opened, or after it was closed or shut down."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
         self.what = what
 
     def __str__(self) -> str:
-        return f"{self.what} is closed. Use it inside its 'async with' block"
+        return f"{self.what} is closed: use it inside its 'async with' block, and no longer once that was shut down"
 
 
 class Deadlock(PenstockError, RuntimeError):

@@ -97,15 +97,6 @@ class Histogram:
         middle = _SHORTEST * exp((bucket + 0.5) * _WIDTH)
         return min(max(middle, self.shortest), self.longest)
 
-    def merge(self, other: Histogram) -> None:
-        """Add everything that ``other`` counted."""
-        buckets = self._buckets
-        for bucket, number in other._buckets.items():
-            buckets[bucket] = buckets.get(bucket, 0) + number
-        self.count += other.count
-        self.shortest = min(self.shortest, other.shortest)
-        self.longest = max(self.longest, other.longest)
-
 
 class StageMeter:
     """The counters of one stage; ``place`` and ``ceiling`` are what the plan says of it.

@@ -348,7 +348,6 @@ class Run:
 
     def _build(self, progress: Progress) -> None:
         meter = StageMeter("read", "loop", 1)
-        self._source_meter = meter
         self._policy = Policy(
             "read",
             meter,
