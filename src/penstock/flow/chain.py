@@ -82,7 +82,7 @@ class ChainSegment(WorkSegment):
             tasks = self._into_lanes(tasks)
         elif self.ordered:
             self._exit.extend(tasks)
-        if tasks:
+        if tasks and not self.stopped:  # a key that can't be found has stopped the run
             self._submit(tasks)
         return len(tasks) < take
 

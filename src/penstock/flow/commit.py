@@ -161,7 +161,7 @@ class Committer:
         self.ledger.delivered(entries)
 
     async def _call(self, call: Awaitable[T]) -> T:
-        """Whatever else than a refusal the sink raises means that it can't be used any more."""
+        """Whatever else than a refusal is raised means that nothing can be committed any more."""
         try:
             return await call
         except OutputRejected:
@@ -197,7 +197,7 @@ class Committer:
         delta.finished = finished
         delta.report = report
         if self._reading is not None and not self._joined and delta.dead:
-            await self._reading.dead(delta.dead)
+            await self._call(self._reading.dead(delta.dead))
             delta.dead = []
         began = perf_counter()
         fenced = await self._call(self.sink.commit(delta))
@@ -211,7 +211,7 @@ class Committer:
         self._since = self.host.clock()
         self.ledger.committed(delta, fenced)
         if delta.settled and not self._joined:
-            await self.source.settle(delta.settled)
+            await self._call(self.source.settle(delta.settled))
 
     async def close(self) -> None:
         """Release the sink; what wasn't committed doesn't count."""

@@ -272,7 +272,7 @@ class Gate(Outer):
             site = start.site
             saturated = site.timer is None and (site.full or bool(site.queue))
             site.started -= 1
-            signal = self._read(task)
+            signal = self._signal(task, start)
             site.pace.report(now, signal, start.tokens, start.began)
             if signal.tokens is not None:
                 self._stop_timer(site)  # it may have used less than was charged
@@ -290,6 +290,17 @@ class Gate(Outer):
         if not self._halted:
             self._start()
             self._forget_sites()
+
+    def _signal(self, task: Task, start: _Start) -> Signal:
+        """What the outcome says; if the limit's own ``throttled=`` raises, that is the item's failure."""
+        try:
+            return self._read(task)
+        except Exception as error:
+            error.add_note(
+                f"raised by Limit(throttled=) of stage {self.chain.name!r}, which is asked about results too"
+            )
+            task.outcome, task.at, task.value, task.error = FAILED, 0, start.given, error
+            return Signal(UNKNOWN)
 
     def _read(self, task: Task) -> Signal:
         """What the outcome says about the server."""

@@ -175,7 +175,9 @@ class Journal:
         return found
 
     def load_states(self, stage: str, keys: list[str]) -> dict[str, bytes]:
-        """The states of these keys that earlier commits left, of a ``map_state``."""
+        """The states of these keys that earlier commits left, of a ``map_state``; none, if all is done anew."""
+        if self._is_anew and not self._begun:
+            return {}
         query = f"SELECT value FROM {self._tables.states} WHERE stage = ? AND key = ?"
         with reported(self.path):
             found = {key: self.connection.execute(query, (stage, key)).get for key in keys}
@@ -217,6 +219,12 @@ class Journal:
         if reason is not None:
             raise ResumeMismatch(self.output, reason)
 
+    @property
+    def _is_anew(self) -> bool:
+        """Whether nothing that is kept is of this run's items: they can't be read again, nor known by their ids."""
+        job = self._job
+        return job is not None and not (job.replayable or job.by_id) and not self._redo
+
     def _record_begin(self) -> None:
         job = self._job
         assert job is not None, "load comes first"
@@ -225,7 +233,7 @@ class Journal:
             return
         tables = self._tables
         execute = self.connection.execute
-        if not (job.replayable or job.by_id):
+        if self._is_anew:
             for table in (
                 tables.progress,
                 tables.children,
@@ -238,7 +246,7 @@ class Journal:
                 execute(f"DELETE FROM {table}")
             # The letters stay, but later ones at the same positions are of other items.
             execute(f"UPDATE {tables.dead} SET slot = NULL")
-        if not (job.replayable or job.by_id) or not self._is_touched():
+        if self._is_anew or not self._is_touched():
             execute(f"DELETE FROM {tables.meta} WHERE name IN ('plan', 'snapshot', 'finished')")
         self._set("name", job.name)
         self._set("source", job.source)

@@ -191,9 +191,9 @@ class Ledger:
             self.settle(origin.origin, fate, failed)
         elif isinstance(origin, Stated):
             if origin.left:
-                self.settle(origin.origin, fate, failed)
+                self._settle_stated(origin, lambda: self.settle(origin.origin, fate, failed))
             else:
-                self._in_its_turn(origin, lambda: self.settle(origin.origin, fate, failed))
+                self._in_its_turn(origin, lambda: self.settle(origin, fate, failed))
         elif isinstance(origin, Family):
             if not origin.pending:  # complete, and written or refused by now
                 self._end_family(origin, fate, failed)
@@ -228,23 +228,32 @@ class Ledger:
     def _enter(self, origin: Any, values: Sequence[Any]) -> None:
         """These outputs are to be written, after those that changed the same state before."""
         stated = stated_of(origin)
-        if stated is None or stated.left:
+        if stated is None:
             self.entries.append((origin, values))
         else:
-            self._in_its_turn(stated, lambda: self.entries.append((origin, values)))
+            self._in_its_turn(stated, lambda: self._enter(origin, values))
 
     def _in_its_turn(self, stated: Stated, leave: Callable[[], None]) -> None:
-        """Leave once all that changed the same state before have left; the state after it is then to be committed."""
+        """Leave once all that changed the same state before have left."""
         stated.leave = leave
         lane = stated.lane
         while lane.entries and lane.entries[0].leave is not None:
             first = lane.entries.popleft()
             first.left, doing, first.leave = True, first.leave, None
-            lane.dirty = True
-            self.delta.states[lane.stage, lane.partition, lane.key] = first.packed
+            lane.unsettled.append(first)
             if doing is not None:
                 doing()
         self.changed()
+
+    def _settle_stated(self, stated: Stated, settle: Callable[[], None]) -> None:
+        """Settle once all that changed the same state before are settled; the state after it counts with it."""
+        stated.settle = settle
+        lane = stated.lane
+        while lane.unsettled and (doing := lane.unsettled[0].settle) is not None:
+            first = lane.unsettled.popleft()
+            lane.dirty = True
+            self.delta.states[lane.stage, lane.partition, lane.key] = first.packed
+            doing()
 
     def delivered(self, entries: Sequence[tuple[Any, Sequence[Any]]]) -> None:
         """These entries were written (or handed to the caller)."""

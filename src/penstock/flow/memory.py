@@ -122,7 +122,7 @@ class SequenceSource(MemorySource):
             state.update(repr(self.items[:length]).encode())
             return state.hexdigest()
         for start in range(0, length, _BATCH):
-            batch = list(self.items[start : min(start + _BATCH, length)])
+            batch = list(_part(self.items, start, min(start + _BATCH, length)))
             try:
                 state.update(encode(batch))
             except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
@@ -141,11 +141,19 @@ class SequenceSource(MemorySource):
             if done:
                 batch = [(("", at), items[at]) for at in range(index, stop) if at not in done]
             else:
-                batch = list(zip(zip(repeat(""), range(index, stop)), items[index:stop], strict=False))
+                batch = list(zip(zip(repeat(""), range(index, stop)), _part(items, index, stop), strict=False))
             if batch:
                 yield batch
             demand.note(stop - index)
             index = stop
+
+
+def _part(items: Sequence[Any], start: int, stop: int) -> Sequence[Any]:
+    """Some of the items: a sequence needn't know slices."""
+    try:
+        return items[start:stop]
+    except TypeError:
+        return [items[at] for at in range(start, stop)]
 
 
 class _OneShot(MemorySource):

@@ -119,13 +119,14 @@ class Merged:
 
 
 class Lane:
-    """The state of one key at one ``map_state``, and the items that have changed it and not left, in their order.
+    """The state of one key at one ``map_state``, and the items that have changed it and not settled, in their order.
 
-    ``value``: after the last of them; ``packed``: the same as bytes. ``dirty``: it changed since the last commit.
-    ``users``: chunks of items that are about to change it.
+    ``value``: after the last of them; ``packed``: the same as bytes. ``entries``: those that haven't left;
+    ``unsettled``: those that have, before them. ``dirty``: it changed since the last commit. ``users``: chunks of items
+    that are about to change it.
     """
 
-    __slots__ = ("dirty", "entries", "key", "packed", "partition", "stage", "users", "value")
+    __slots__ = ("dirty", "entries", "key", "packed", "partition", "stage", "unsettled", "users", "value")
 
     def __init__(self, stage: str, partition: str, key: str, value: Any, packed: bytes) -> None:
         self.stage = stage
@@ -134,22 +135,24 @@ class Lane:
         self.value = value
         self.packed = packed
         self.entries: deque[Stated] = deque()
+        self.unsettled: deque[Stated] = deque()
         self.dirty = False
         self.users = 0
 
     @property
     def is_at_rest(self) -> bool:
         """Whether it can be read again where it is kept."""
-        return not (self.entries or self.dirty or self.users)
+        return not (self.entries or self.unsettled or self.dirty or self.users)
 
 
 class Stated:
-    """An origin that has changed the state of a key: it leaves after those that changed it before.
+    """An origin that has changed the state of a key: it leaves, and settles, after those that changed it before.
 
     ``packed``: the state after it. ``leave``: what is to be done with it once its turn has come. ``left``: it has.
+    ``settle``: what settles it, once those before it are settled.
     """
 
-    __slots__ = ("lane", "leave", "left", "origin", "packed")
+    __slots__ = ("lane", "leave", "left", "origin", "packed", "settle")
 
     def __init__(self, origin: Any, lane: Lane, packed: bytes) -> None:
         self.origin = origin
@@ -157,6 +160,7 @@ class Stated:
         self.packed = packed
         self.leave: Callable[[], None] | None = None
         self.left = False
+        self.settle: Callable[[], None] | None = None
 
 
 class Passed:
@@ -177,10 +181,12 @@ def family_of(origin: Any) -> Family | None:
 
 
 def stated_of(origin: Any) -> Stated | None:
-    """What has changed a state and is to leave in its turn, if this origin, or what was expanded into it, has."""
-    while isinstance(origin, (Passed, Family)):
-        origin = origin.origin if isinstance(origin, Passed) else origin.root
-    return origin if isinstance(origin, Stated) else None
+    """What has changed a state and hasn't left, in this origin or in what was expanded into it."""
+    while isinstance(origin, (Passed, Family, Stated)):
+        if isinstance(origin, Stated) and not origin.left:
+            return origin
+        origin = origin.root if isinstance(origin, Family) else origin.origin
+    return None
 
 
 def has_passed(origin: Any, number: int) -> bool:

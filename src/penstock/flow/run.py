@@ -487,9 +487,8 @@ class Run:
 
     def interrupt(self, number: signal.Signals) -> None:
         """What a signal does: the first drains, the second stops at once."""
-        if self.ended:  # it came too late to change anything, but the caller is to be told
-            self.interrupted = self.interrupted or number
-            self.stop(immediately=True)
+        if self.ended and self.interrupted is None:  # it came too late to change anything, but the caller is told
+            self.interrupted = number
         elif self.interrupted is None:
             self.interrupted = number
             self.notes.append(f"interrupted by {number.name}: drained and committed; run again to go on")

@@ -26,13 +26,12 @@ from penstock.flow.failing import Policy, Tries
 from penstock.flow.ledger import DEAD, SKIPPED, Ledger
 from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, HELD, OVER, WAITING_INPUT, SegmentMeter
 from penstock.flow.origin import FILTERED
-from penstock.place.base import DROPPED, OK, PENDING, Pool, Task
+from penstock.place.base import OK, PENDING, Pool, Task
 
 __all__ = ["READY", "SKIPPED_TAG", "Host", "MakePool", "Runner", "WorkSegment", "appetite_of", "open_all"]
 
 READY = True
 SKIPPED_TAG = "skipped"
-_THROUGH = (OK, DROPPED)
 
 
 class Host(Protocol):
@@ -189,7 +188,9 @@ class WorkSegment(Runner):
         return 2 * at_once * self.merges
 
     def behind(self) -> int:
-        """How many of its tasks are done and not handed on yet."""
+        """How many of its tasks wait, done, for the consumer; what waits for the head of the window doesn't."""
+        if self.ordered and (not self._exit or self._exit[0].tag is None):
+            return 0
         return max(0, len(self._exit) - (self._in_pool if self.ordered else 0))
 
     def pump(self) -> None:

@@ -69,6 +69,8 @@ class FunctionSink:
         return f"function:{getattr(self.function, '__qualname__', type(self.function).__name__)}"
 
     async def open(self, job: JobId) -> Progress:
+        self._desk = Desk("penstock-to")
+        self._taken = 0
         return Progress()
 
     async def write(self, outputs: Sequence[tuple[Origin, Sequence[Any]]]) -> None:

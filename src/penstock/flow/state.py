@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
+from penstock.errors import StrayException
 from penstock.flow.blocking import Desk
 from penstock.flow.codec import id_key
 from penstock.flow.failing import DEAD_LETTER, KEEP_IT, RAISE, Policy
@@ -26,7 +27,8 @@ from penstock.flow.progress import Position, StateIndex
 from penstock.flow.segment import Runner
 from penstock.flow.stage import MapState
 from penstock.flow.statecodec import StateCodec
-from penstock.place.base import Task, is_async
+from penstock.place.base import Task, as_failure, is_async
+from penstock.place.loop import is_cancelled
 
 __all__ = ["StateRunner"]
 
@@ -72,8 +74,9 @@ class StateRunner(Runner):
     def _worked(self, working: asyncio.Task[None]) -> None:
         self._working = None
         if working.cancelled():
-            return
-        if (error := working.exception()) is not None:
+            if not self.stopped:
+                self.host.fail(StrayException(self._name, "CancelledError"))
+        elif (error := working.exception()) is not None:
             self.host.fail(error)
         self.pump()
 
@@ -83,12 +86,16 @@ class StateRunner(Runner):
         steps = [(task, key if isinstance(key, Exception) else lanes[key]) for task, key in found]
         began = perf_counter()
         if is_async(self._stage.function):
-            results = [await self._step_async(task, lane) for task, lane in steps]
+            results = []
+            for task, lane in steps:
+                results.append(await self._step_async(task, lane))
+                if self._is_last(results[-1]):
+                    break
         else:
-            results = await self._desk.call(lambda: [self._step(task, lane) for task, lane in steps])
+            results = await self._desk.call(self._steps, steps)
         meter = self.meter.first
-        meter.calls += len(tasks)
-        meter.add_sample((perf_counter() - began) / len(tasks))
+        meter.calls += len(results)
+        meter.add_sample((perf_counter() - began) / len(results))
         out = [task for task in map(self._ended, tasks, results) if task is not None]
         for lane in lanes.values():
             lane.users -= 1
@@ -108,8 +115,10 @@ class StateRunner(Runner):
             if self._key_of is None:
                 return partition, ""
             key = self._key_of(position)
-        except Exception as error:
-            return error
+        except (Exception, asyncio.CancelledError) as error:
+            failure = as_failure(self._name, error)
+            assert isinstance(failure, Exception)
+            return failure
         if key is None:
             why = f"stage {self._name!r} keeps a state for each key, and the event has none. Publish with key="
             return ValueError(why)
@@ -140,24 +149,38 @@ class StateRunner(Runner):
             self._initial = StateCodec(None).pack(None) if initial is None else self._codec.pack(initial)
         return self._initial
 
+    def _steps(self, steps: Sequence[tuple[Task, Lane | Exception]]) -> list[Any]:
+        results = []
+        for task, lane in steps:
+            results.append(self._step(task, lane))
+            if self._is_last(results[-1]):
+                break
+        return results
+
+    def _is_last(self, result: Any) -> bool:
+        """Whether nothing more is to be called after this: the run is stopped, or will be."""
+        return self.stopped or (isinstance(result, Exception) and self._policy.end == RAISE)
+
     def _step(self, task: Task, lane: Lane | Exception) -> Any:
         """Call the function with one item; what came out, or the exception."""
         if isinstance(lane, Exception):
             return lane
         try:
             return self._changed(lane, self._stage.function(lane.value, task.value))
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             lane.value = self._codec.unpack(lane.packed)  # it may have been changed half way
-            return error
+            return as_failure(self._name, error)
 
     async def _step_async(self, task: Task, lane: Lane | Exception) -> Any:
         if isinstance(lane, Exception):
             return lane
         try:
             return self._changed(lane, await self._stage.function(lane.value, task.value))
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
             lane.value = self._codec.unpack(lane.packed)
-            return error
+            return as_failure(self._name, error)
 
     def _changed(self, lane: Lane, returned: Any) -> tuple[Lane, bytes, Any]:
         if not isinstance(returned, tuple) or len(returned) != 2:
