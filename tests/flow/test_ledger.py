@@ -200,7 +200,7 @@ class Naive:
         assert set(ledger.items) == still
         if ledger.commits:
             assert not settled & still
-            assert members(ledger.unfinished()) == everything - settled
+            assert members(ledger.unfinished) == everything - settled
             if not self.streamed:  # an output by itself is recorded before its item is
                 assert self.taken == Counter(
                     number for number, positions in self.passed if settled.issuperset(positions)
@@ -449,7 +449,7 @@ def test_what_is_left_at_the_end_is_released_and_known_by_its_positions() -> Non
     ledger.settle(("a", 1), SKIPPED)
     ledger.settle(("b", 7), SKIPPED)
     ledger.committed(ledger.take_delta(), Positions())
-    assert members(ledger.unfinished()) == {("a", 0), ("a", 2), ("b", 5)}
+    assert members(ledger.unfinished) == {("a", 0), ("a", 2), ("b", 5)}
     assert not ledger.items
     ledger.release()
     ledger.release()
@@ -461,7 +461,7 @@ def test_without_a_sink_items_are_counted_as_they_are_handed_over_or_taken_back(
     ledger.deliver_plain(3)
     ledger.withdraw(1)
     assert (ledger.fates[DELIVERED], ledger.released, ledger.open) == (3, 1, 1)
-    assert not ledger.unfinished()
+    assert not ledger.unfinished
 
 
 def test_the_source_positions_of_every_kind_of_origin() -> None:

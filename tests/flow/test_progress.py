@@ -63,10 +63,23 @@ def test_intervals_unite_and_are_equal_as_sets_are(one: list[tuple[int, int]], o
 
 
 @given(ranges=SETS, bounds=RANGES)
-def test_gaps_are_what_is_missing(ranges: list[tuple[int, int]], bounds: tuple[int, int]) -> None:
-    gaps = list(Intervals(ranges).gaps(*bounds))
-    assert members(Intervals(gaps)) == set(range(*bounds)) - plain(ranges)
-    assert gaps == list(Intervals(gaps))
+def test_what_is_removed_is_no_member(ranges: list[tuple[int, int]], bounds: tuple[int, int]) -> None:
+    left = Intervals(ranges)
+    left.remove_range(*bounds)
+    assert members(left) == plain(ranges) - set(range(*bounds))
+
+
+@given(one=st.lists(POSITIONS), other=st.lists(POSITIONS))
+def test_positions_are_removed_as_sets_are(one: list[tuple[str, int]], other: list[tuple[str, int]]) -> None:
+    left, gone = Positions(), Positions()
+    for position in one:
+        left.add(position)
+    for position in other:
+        gone.add(position)
+    left.remove(gone)
+    assert {position for position in one if position in left} == set(one) - set(other)
+    assert len(left) == len(set(one) - set(other))
+    assert all(left.partitions.values())
 
 
 @given(order=st.permutations(range(30)))

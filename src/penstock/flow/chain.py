@@ -188,7 +188,8 @@ class ChainSegment(WorkSegment):
         if self._streaming:
             stream = self._stream_of(task)
             coming = sum(len(outputs) for owner, outputs in self._parts if owner is task)
-            already = stream.seen - stream.cursor - coming  # given by an earlier attempt, and not by this one
+            given = max([stream.seen, *(stop for _, stop in stream.known or ())])
+            already = given - stream.cursor - coming  # given by an earlier attempt or run, and not by this one
             self._parts.append((task, [None] * already + [failed]))
             task.value = None
         else:
@@ -304,6 +305,7 @@ class ChainSegment(WorkSegment):
             return True
         if not super().withdraw(task):
             return False
+        self._counted.pop(id(task), None)
         self._next_in_lane(task)
         return True
 

@@ -68,6 +68,14 @@ def short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+def _message_of(error: BaseException) -> str:
+    """What an error says, whatever its ``__str__`` does."""
+    try:
+        return str(error)
+    except Exception as raised:
+        return f"<{type(error).__name__} whose str raised {type(raised).__name__}>"
+
+
 def reason_of(error: BaseException) -> str:
     """The kind of an error in a word."""
     if isinstance(error, StageTimeout):
@@ -162,19 +170,20 @@ class Policy:
         position = positions_of(origin)[0]
         reason = reason_of(error)
         self.meter.failed += 1
-        self.errors.add(self.stage, reason, str(error), position)
+        message = _message_of(error)
+        self.errors.add(self.stage, reason, message, position)
         if self.end == RAISE or not isinstance(error, Exception) or _stops_run(error):
             tried = f", tried {attempts} times" if attempts > 1 else ""
             error.add_note(f"at stage {self.stage!r}, {position_of(position)}{tried}: {short(value)}")
             return Verdict(RAISE, error)
-        exceeded = self._over_budget(f"{reason}: {error}")
+        exceeded = self._over_budget(f"{reason}: {message}")
         if exceeded is not None:
             exceeded.__cause__ = error
             return Verdict(RAISE, exceeded)
         if self.end == DEAD_LETTER:
-            failed: Failed = GivenUp(value, position, self.stage, reason, str(error), attempts, story_of(error))
+            failed: Failed = GivenUp(value, position, self.stage, reason, message, attempts, story_of(error))
         else:
-            failed = Failed(value, position, self.stage, reason, str(error), attempts)
+            failed = Failed(value, position, self.stage, reason, message, attempts)
         return Verdict(self.end, error, failed=failed)
 
     def _over_budget(self, example: str) -> FailureBudgetExceeded | None:

@@ -75,17 +75,34 @@ class Interrupts:
                         os.write(self._elsewhere, bytes([number]))
 
 
+_heard_on: dict[asyncio.AbstractEventLoop, tuple[Interrupts, list[Callable[[signal.Signals], None]]]] = {}
+"""The loops that listen now, and for whom: they may stop in any order, and what stood before is restored once."""
+
+
 def heard_on(loop: asyncio.AbstractEventLoop, heard: Callable[[signal.Signals], None]) -> Callable[[], None] | None:
-    """Hear them on this running loop; returns how to restore what stood before. None off the main thread."""
+    """Hear them on this running loop, as do all that asked before; returns how to stop. None off the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return None
-    interrupts = Interrupts(heard)
-    interrupts.__enter__()
-    interrupts.listen(loop)
+    if loop not in _heard_on:
+        everybody: list[Callable[[signal.Signals], None]] = []
+
+        def tell(number: signal.Signals) -> None:
+            for each in tuple(everybody):
+                each(number)
+
+        interrupts = Interrupts(tell)
+        interrupts.__enter__()
+        interrupts.listen(loop)
+        _heard_on[loop] = interrupts, everybody
+    _heard_on[loop][1].append(heard)
 
     def restore() -> None:
-        interrupts.ignore(loop)
-        interrupts.__exit__()
+        interrupts, everybody = _heard_on[loop]
+        if len(everybody) == 1:
+            del _heard_on[loop]
+            interrupts.ignore(loop)
+            interrupts.__exit__()  # it may be told of one that came just now
+        everybody.remove(heard)
 
     return restore
 

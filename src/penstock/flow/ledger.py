@@ -68,8 +68,7 @@ class Ledger:
         self._others: dict[Position, int] = {}  # what is settled in the delta and wasn't delivered, with its fate
         self._committing: dict[Position, int] = {}
         self.entries: list[tuple[Any, Sequence[Any]]] = []
-        self.issued_positions = Positions()
-        self.settled_positions = Positions()
+        self.unfinished = Positions()  # issued, and not settled and committed: few, however many there were
         self.items: dict[Position, Any] = {}
         self.keys: dict[Position, str] = {}
         self.digests: dict[Position, bytes] = {}
@@ -92,7 +91,7 @@ class Ledger:
         self.issued += len(tasks)
         self.open += len(tasks)
         if self.commits:
-            _add_all(self.issued_positions, [task.origin for task in tasks])
+            _add_all(self.unfinished, [task.origin for task in tasks])
         if self.keeps_items:
             for task in tasks:
                 self.items[task.origin] = task.value
@@ -419,7 +418,7 @@ class Ledger:
         for fate, name in enumerate(FATES):
             self.fates[fate] += delta.counts.get(name, 0)
             self.open -= delta.counts.get(name, 0)
-        self.settled_positions.update(delta.settled)
+        self.unfinished.remove(delta.settled)
         for known in delta.states:
             lane = self.lanes.get(known)
             if lane is not None:
@@ -435,16 +434,6 @@ class Ledger:
         """Forget a state that is at rest, if it is kept elsewhere."""
         if self.forgets and lane.is_at_rest:
             self.lanes.pop((lane.stage, lane.partition, lane.key), None)
-
-    def unfinished(self) -> Positions:
-        """The positions that were issued and aren't settled."""
-        left = Positions()
-        for partition, intervals in self.issued_positions.partitions.items():
-            settled = self.settled_positions.of(partition)
-            for start, stop in intervals:
-                for low, high in settled.gaps(start, stop):
-                    left.partitions.setdefault(partition, Intervals()).add_range(low, high)
-        return left
 
     def release(self) -> None:
         """The run is over: what is still open is given back."""

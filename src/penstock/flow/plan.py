@@ -333,7 +333,7 @@ def _check_expansions(stages: Sequence[Stage]) -> None:
 
 def _check_states(flow: Flow[Any], sink: Sink[Any] | None) -> None:
     """What would make a state count apart from its item, or let two processes change one state."""
-    expanded = stated = None
+    expanded = stated = loose = None
     for stage in flow.stages:
         if isinstance(stage, MapState):
             if expanded is not None:
@@ -348,12 +348,20 @@ def _check_states(flow: Flow[Any], sink: Sink[Any] | None) -> None:
                     f"{stated} has a key= of its own, and others may read the group",
                     "Leave key= out to use the events' keys, or give flow(..., exclusive=True)",
                 )
+        elif isinstance(stage, Take) and loose is not None:
+            raise PlanError(
+                f"take({stage.count}) comes after {stated} and {loose}, whose outputs come in another order: "
+                "it could let an item pass and cut off one of the same key that has to settle before",
+                "Put take before that stage, or leave out its ordered=False or key=",
+            )
         elif isinstance(stage, Batch) and stated is not None:
             raise PlanError(
                 f"batch({stage.size}) comes after {stated}: items of a key would wait for each other in two batches",
                 "Use map_batches, which leaves items single, or put batch before",
             )
-        elif isinstance(stage, (Unbatch, Batch)) or (isinstance(stage, FlatMap) and stage.whole):
+        elif isinstance(stage, Work) and stated and (not stage.options.ordered or stage.options.key is not None):
+            loose = f"{stage.verb}({stage.name})"
+        if isinstance(stage, (Unbatch, Batch)) or (isinstance(stage, FlatMap) and stage.whole):
             expanded = f"{stage.verb}()" if not isinstance(stage, FlatMap) else f"flat_map({stage.name})"
 
 

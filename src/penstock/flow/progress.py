@@ -6,7 +6,7 @@ A set of positions costs memory by its gaps, not by its members: items settle ne
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -66,16 +66,17 @@ class Intervals:
         for start, stop in other:
             self.add_range(start, stop)
 
-    def gaps(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The intervals of start … stop - 1 that aren't members."""
-        for low, high in self:
-            if low >= stop:
-                break
-            if low > start:
-                yield start, low
-            start = max(start, high)
-        if start < stop:
-            yield start, stop
+    def remove_range(self, start: int, stop: int) -> None:
+        """Remove those of start … stop - 1 that are members."""
+        starts, stops = self._starts, self._stops
+        low = bisect_right(stops, start)  # the first interval that ends after start
+        high = bisect_left(starts, stop)  # one past the last that begins before stop
+        if low >= high or start >= stop:
+            return
+        before, after = starts[low], stops[high - 1]
+        left = ([(before, start)] if before < start else []) + ([(stop, after)] if stop < after else [])
+        starts[low:high] = [first for first, _ in left]
+        stops[low:high] = [last for _, last in left]
 
     def __contains__(self, index: int) -> bool:
         at = bisect_right(self._starts, index) - 1
@@ -134,6 +135,16 @@ class Positions:
             if mine is None:
                 mine = self.partitions[partition] = Intervals()
             mine.update(intervals)
+
+    def remove(self, other: Positions) -> None:
+        """Remove every position of another set."""
+        for partition, intervals in other.partitions.items():
+            mine = self.partitions.get(partition)
+            if mine is not None:
+                for start, stop in intervals:
+                    mine.remove_range(start, stop)
+                if not mine:
+                    del self.partitions[partition]
 
     def of(self, partition: str) -> Intervals:
         """The members of one partition; an empty set if it has none."""

@@ -444,8 +444,9 @@ class Run:
                 self._keep_first(error)
 
     async def _stop_segments(self) -> None:
-        for cut in self._cutting:
-            await asyncio.wait([cut])
+        for result in await asyncio.gather(*self._cutting, return_exceptions=True):
+            if isinstance(result, BaseException):
+                self._keep_first(result)
         whole = self.failure is None and self._all_came_out()
         if whole:
             for segment in self.segments:
@@ -479,7 +480,7 @@ class Run:
     async def _give_back(self) -> None:
         self.ledger.release()
         if self._source is not None and self._sink is not None:
-            left = self.ledger.unfinished()
+            left = self.ledger.unfinished
             if left:
                 await self._source.give_back(left)
 

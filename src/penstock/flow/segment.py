@@ -262,6 +262,7 @@ class WorkSegment(Runner):
         """Take back a task that isn't at work yet; only of an unordered segment. False if it is, or has been."""
         if not self.pool.withdraw(task):
             return False
+        self.tries.pop(id(task), None)
         self._in_pool -= 1
         self._inflight -= 1
         self.pump()
