@@ -510,3 +510,40 @@ def test_what_is_no_limit_is_refused(given_: dict[str, Any]) -> None:
         ps.Flow([1]).map(ask, **given_)
     with pytest.raises(PlanError, match='concurrency="auto"'):
         ps.Flow([1]).map(str, concurrency=4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 33, 100])
+@pytest.mark.parametrize("how", [{"limit": ps.Limit(per_second=100)}, {"concurrency": "auto"}, {"concurrency": 1}])
+def test_batches_behind_a_gate_dont_wait_for_themselves(size: int, how: dict[str, Any]) -> None:
+    async def same(xs: list[int]) -> list[int]:
+        return xs
+
+    how = {"limit": ps.Limit(), **how} if how.get("concurrency") == 1 else how
+    flow = ps.Flow(range(1000)).map_batches(same, batch_size=size, **how)
+    assert run_virtual(flow.collect()) == list(range(1000))
+
+
+@pytest.mark.parametrize("how", [{"concurrency": "auto"}, {"limit": ps.Limit()}])
+def test_what_is_done_behind_the_head_doesnt_keep_it_from_its_retry(how: dict[str, Any]) -> None:
+    server = Server(0.01, lambda x, calls: ValueError("once") if x == 0 and calls == 1 else None)
+    flow = ps.Flow(range(500)).map(server, retry=ps.Retry(3, backoff=5, jitter=False), **how)
+    assert run_virtual(flow.collect()) == list(range(500))
+
+
+def test_what_is_done_for_other_hosts_doesnt_keep_the_head_from_its_turn() -> None:
+    urls = ["http://a/1", "http://a/2", *(f"http://h{number}/" for number in range(200))]
+    flow = ps.Flow(urls).map(Server(0.01), limit=ps.Limit(per_second=1, per_host=True))
+    assert run_virtual(flow.collect()) == urls
+
+
+@pytest.mark.parametrize("place", ["loop", "thread"])
+def test_a_hook_that_raises_is_the_failure_of_its_item(place: Any) -> None:
+    limit = ps.Limit(throttled=lambda answer: answer["status"] == 429)  # a KeyError for what was answered well
+    kept = run_virtual(ps.Flow(range(2)).map(lambda x: {"x": x}, place=place, limit=limit, on_error="keep").collect())
+    assert [(failed.item, failed.reason, failed.attempts) for failed in kept] == [
+        (0, "KeyError", 1),
+        (1, "KeyError", 1),
+    ]
+    with pytest.raises(KeyError) as raised:
+        run_virtual(ps.Flow(range(2)).map(lambda x: {"x": x}, place=place, limit=limit).collect())
+    assert any("Limit(throttled=) of stage '<lambda>'" in note for note in raised.value.__notes__)

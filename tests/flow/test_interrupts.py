@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from penstock.flow.interrupts import Interrupts
+from penstock.flow.interrupts import Interrupts, heard_on
 
 HEARD = (signal.SIGINT, signal.SIGTERM)
 
@@ -99,3 +99,32 @@ def test_other_signals_go_where_they_went_before(raising: Callable[[], object]) 
         signal.signal(signal.SIGUSR1, usr1)
         inward.close()
         outward.close()
+
+
+def test_several_on_a_loop_hear_together_and_stop_in_any_order() -> None:
+    before = state()
+
+    async def main() -> list[str]:
+        loop = asyncio.get_running_loop()
+        heard: list[str] = []
+        told = asyncio.Event()
+
+        def hear(name: str) -> Callable[[signal.Signals], None]:
+            return lambda number: (heard.append(f"{name} {number.name}"), told.set())[0]
+
+        stops = [heard_on(loop, hear(name)) for name in "abc"]
+        for first in (0, 2):
+            signal.raise_signal(signal.SIGTERM)
+            await told.wait()
+            told.clear()
+            stop = stops[first]
+            assert stop is not None
+            stop()
+        signal.raise_signal(signal.SIGTERM)
+        await told.wait()
+        assert stops[1] is not None
+        stops[1]()
+        return heard
+
+    assert asyncio.run(main()) == [f"{name} SIGTERM" for name in ("a", "b", "c", "b", "c", "b")]
+    assert state() == before

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 from array import array
-from collections import UserList
-from collections.abc import AsyncIterator, Iterator
+from collections import UserList, deque
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -484,3 +484,21 @@ def test_what_can_be_read_only_once_says_so_and_loses_no_output(tmp_path: Path) 
     with pytest.raises(SourceExhausted):
         job.run_sync(progress=False)
     assert out.read_text().split() == ["0", "1", "2"]
+
+
+class Unsliced(Sequence[int]):
+    """A sequence as its protocol asks for it: an index, and no slice."""
+
+    def __len__(self) -> int:
+        return 3000
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, int):
+            raise TypeError("an index")
+        return index
+
+
+@pytest.mark.parametrize("items", [deque(range(3000)), Unsliced()], ids=["deque", "own"])
+def test_a_sequence_neednt_know_slices(items: Any) -> None:
+    assert ps.Flow(items).collect_sync() == list(range(3000))
+    assert snapshot(SequenceSource(items, None)) == snapshot(SequenceSource(list(range(3000)), None))

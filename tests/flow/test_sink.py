@@ -106,3 +106,29 @@ def test_a_function_without_a_name_has_an_identity() -> None:
 
     target: Callable[[int], None] = Keep()
     assert ps.Flow([1]).to(target).explain().count("Keep") >= 1
+
+
+@pytest.mark.parametrize("form", ["plain", "coroutine"])
+def test_a_job_into_a_function_can_be_run_again(form: str) -> None:
+    sinks = Sinks()
+    job = ps.Flow([1, 2]).to(getattr(sinks, form))
+    assert run_virtual(job.run(progress=False)).delivered == 2
+    assert run_virtual(job.run(progress=False)).delivered == 2
+    assert sinks.calls == [1, 2, 1, 2]
+
+
+def test_a_run_after_one_that_failed_hands_over_every_output() -> None:
+    seen: list[int] = []
+    fails = True
+
+    async def sink(x: int) -> None:
+        if fails and x == 3:
+            raise ValueError("once")
+        seen.append(x)
+
+    job = ps.Flow([1, 2, 3, 4]).to(sink)
+    with pytest.raises(ValueError, match="once"):
+        run_virtual(job.run(progress=False))
+    fails = False
+    assert run_virtual(job.run(progress=False)).delivered == 4
+    assert seen == [1, 2, 1, 2, 3, 4]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.flow.recorder import Recorder
 
 import penstock as ps
-from penstock.errors import PlanError
+from penstock.errors import CannotEncode, FailureBudgetExceeded, PlanError
 from penstock.testing import run_virtual
 from penstock.testing.killing import torture
 
@@ -98,12 +98,26 @@ def test_what_cant_be_planned() -> None:
 @given(
     items=st.lists(st.sampled_from("abc"), max_size=40),
     lost=st.sets(st.integers(0, 39)),
+    refused=st.sets(st.integers(0, 39)),
+    most=st.one_of(st.none(), st.integers(1, 9)),
     pace=st.sampled_from([0.0, 1.0]),
+    writing=st.sampled_from([0.0, 1.5]),
     ordered=st.booleans(),
 )
-@settings(max_examples=60)
-def test_law_commit_a_state_counts_with_its_items(items: list[str], lost: set[int], pace: float, ordered: bool) -> None:
-    """At each commit, the state of a key is that after the settled items of the key, and no other."""
+@settings(max_examples=200)
+def test_law_commit_a_state_counts_with_its_items(
+    items: list[str],
+    lost: set[int],
+    refused: set[int],
+    most: int | None,
+    pace: float,
+    writing: float,
+    ordered: bool,
+) -> None:
+    """At each commit, the state of a key is that after the settled items of the key, and no other.
+
+    Items are lost in a stage, or refused by the sink, until there are too many of them; writing takes its time.
+    """
     kept: dict[str, int] = {}
     settled: dict[str, set[int]] = defaultdict(set)
 
@@ -125,11 +139,24 @@ def test_law_commit_a_state_counts_with_its_items(items: list[str], lost: set[in
             raise ValueError("lost")
         return f"{x}{which}"
 
-    recorder = Recorder(pace=pace, before_commit=look)
+    class Slow(Recorder):
+        async def write(self, outputs: Any) -> None:
+            await asyncio.sleep(writing)
+            await super().write(outputs)
+
+    made = [f"{x}{which}" for x, which in numbered(items)]
+    unwanted = {made[number] for number in refused if number < len(made)}
+    recorder = Slow(pace=pace, before_commit=look, refuse=unwanted.__contains__)
     flow = ps.Flow(list(enumerate(items))).map_state(count, key=lambda pair: pair[1])
-    run_virtual(flow.map(late, ordered=ordered, on_error="skip", concurrency=8).to(recorder).run())
-    outputs = [f"{x}{which}" for number, (x, which) in enumerate(numbered(items)) if number not in lost]
-    assert sorted(recorder.outputs) == sorted(outputs)
+    flow = flow.map(late, ordered=ordered, on_error="skip", max_failures=most, concurrency=8)
+    job = flow.to(recorder, on_error="skip" if most is None else "raise")
+    try:
+        run_virtual(job.run())
+    except (FailureBudgetExceeded, ValueError):
+        assert most is not None
+    else:
+        outputs = [output for number, output in enumerate(made) if number not in lost and output not in unwanted]
+        assert sorted(recorder.outputs) == sorted(outputs)
 
 
 def test_what_is_at_rest_is_forgotten(tmp_path: Path) -> None:
@@ -156,3 +183,75 @@ def slow_count(state: int | None, x: int) -> tuple[int, dict[str, int]]:
 def test_law_exactly_once_with_states(tmp_path: Path, suffix: str) -> None:
     flow = ps.Flow(range(1000)).map_state(slow_count, key=lambda x: x % 7)
     torture(flow.map(dict, ordered=False, workers=2).to(str(tmp_path / f"out.{suffix}")), kills=2, seed=5)
+
+
+def test_an_output_that_isnt_taken_leaves_the_state_to_the_next_run(tmp_path: Path) -> None:
+    bad = True
+
+    def total(state: int, x: int) -> tuple[int, Any]:
+        return state + x, object() if bad and x == 2 else state + x
+
+    flow = ps.Flow([1, 2, 3], name="n").map_state(total, initial=0, name="sums")
+    with pytest.raises(CannotEncode):
+        flow.to(tmp_path / "out.jsonl").run_sync(progress=False)
+    bad = False
+    flow.to(tmp_path / "out.jsonl").run_sync(progress=False)
+    assert (tmp_path / "out.jsonl").read_text().split() == ["1", "3", "6"]
+
+
+def test_a_generator_begins_with_new_states(tmp_path: Path) -> None:
+    def items() -> Any:
+        yield "a"
+        time.sleep(0.1)  # so that something has been committed when the second is looked up
+        yield "b"
+
+    for _ in range(2):
+        flow = ps.Flow(items(), name="g").map_state(count, key=str)
+        flow.to(tmp_path / "out.jsonl").run_sync(progress=False)
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == 2 * [["a", 1], ["b", 1]]
+
+
+@pytest.mark.parametrize("loose", [{"ordered": False}, {"key": str}])
+def test_take_behind_a_stage_without_order_is_refused(loose: dict[str, Any]) -> None:
+    flow = ps.Flow([1]).map_state(count)
+    with pytest.raises(PlanError, match="take"):
+        flow.map(str, **loose).take(1).explain()
+    flow.take(1).map(str, **loose).explain()
+    flow.map(str).take(1).explain()
+    ps.Flow([1]).map(str, **loose).map_state(count).take(1).explain()
+
+
+@pytest.mark.parametrize("form", ["def", "async def"])
+def test_nothing_more_is_called_after_a_failure(form: str) -> None:
+    calls: list[int] = []
+
+    def work(state: None, x: int) -> tuple[None, int]:
+        calls.append(x)
+        if x == 1:
+            raise ValueError("no")
+        return state, x
+
+    async def work_async(state: None, x: int) -> tuple[None, int]:
+        return work(state, x)
+
+    with pytest.raises(ValueError, match="no"):
+        run_virtual(ps.Flow(range(100)).map_state(work if form == "def" else work_async).collect())
+    assert calls == [0, 1]
+
+
+def test_nothing_more_is_called_once_it_was_stopped() -> None:
+    calls: list[int] = []
+
+    async def work(state: None, x: int) -> tuple[None, int]:
+        calls.append(x)
+        await asyncio.sleep(1)
+        return state, x
+
+    async def main() -> None:
+        async with ps.Flow(range(100)).map_state(work).to(Recorder()).start(progress=False) as run:
+            await asyncio.sleep(2.5)
+            run.stop(immediately=True)
+
+    run_virtual(main())
+    assert calls == [0, 1, 2]

@@ -42,6 +42,13 @@ def batch(kind: type[BaseException]) -> Callable[[list[int]], Any]:
     return lambda xs: [at_one(kind)(x) for x in xs]
 
 
+def stated(kind: type[BaseException]) -> Callable[[None, int], Any]:
+    async def work(state: None, x: int) -> tuple[None, int]:
+        return state, await awaited(kind)(x)
+
+    return work
+
+
 STAGES: dict[str, Any] = {
     "loop": lambda flow, kind, **given: flow.map(awaited(kind), name="s", **given),
     "threads": lambda flow, kind, **given: flow.map(at_one(kind), name="s", **given),
@@ -52,6 +59,8 @@ STAGES: dict[str, Any] = {
     "map_batches": lambda flow, kind, **given: flow.map_batches(
         batch(kind), batch_size=2, max_wait=0, name="s", **given
     ),
+    "states": lambda flow, kind, **given: flow.map_state(lambda s, x: (s, at_one(kind)(x)), name="s", **given),
+    "states awaited": lambda flow, kind, **given: flow.map_state(stated(kind), name="s", **given),
     "key": lambda flow, kind, **given: flow.map(lambda x: x, key=at_one(kind), name="s", **given),
     "timed": lambda flow, kind, **given: flow.map(awaited(kind), timeout=60, name="s", **given),
     "processes": lambda flow, kind, **given: flow.map(at_one(kind), place="process", workers=1, name="s", **given),
