@@ -424,3 +424,26 @@ def test_an_error_in_the_block_comes_out_and_what_was_accepted_is_answered() -> 
         assert [caller.result() for caller in callers] == [0, 2, 4, 6, 8]
 
     run_virtual(main())
+
+
+def test_a_caller_that_leaves_while_its_retry_waits_leaves_no_attempts_behind() -> None:
+    async def work(x: str) -> str:
+        if x == "slow":
+            await asyncio.sleep(5)
+            return x
+        raise ValueError(x)
+
+    async def main() -> None:
+        retry = ps.Retry(2, backoff=1, jitter=False)
+        async with ps.Flow().map(work, concurrency=1, retry=retry).open() as call:
+            one = asyncio.create_task(call("one"))
+            await asyncio.sleep(0.1)
+            slow = asyncio.create_task(call("slow"))  # has the only worker when the other comes back
+            await asyncio.sleep(1.5)
+            one.cancel()
+            await asyncio.wait([one])
+            (segment,) = call._run.segments  # type: ignore[attr-defined]
+            assert not segment.tries
+            assert await slow == "slow"
+
+    run_virtual(main())

@@ -410,3 +410,22 @@ def test_keys_keep_the_order_of_their_expansions(whole: bool) -> None:
         own = [x for x in outputs if x % 2 == key]
         assert own == sorted(own)
     assert len(outputs) == 16
+
+
+def test_what_takes_the_place_of_an_expansion_isnt_taken_for_one_of_its_known_outputs() -> None:
+    last = 3
+
+    def expand(x: str) -> Iterator[int]:
+        yield from range(last)
+        raise ValueError("cut")
+
+    recorder = Recorder()
+    with pytest.raises(ValueError, match="cut"):
+        run_virtual(ps.Flow(["x"]).flat_map(expand, whole=False).to(recorder).run(progress=False))
+    assert recorder.outputs == [0, 1, 2]
+    last = 2  # it fails earlier than it did
+    flow = ps.Flow(["x"]).flat_map(expand, whole=False, on_error="keep")
+    run_virtual(flow.to(recorder).run(progress=False))
+    assert recorder.outputs[:3] == [0, 1, 2]
+    (kept,) = recorder.outputs[3:]
+    assert (kept.item, kept.reason) == ("x", "ValueError")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.flow.random_flows import FATES, Built, Case, balanced, cases, check_o
 from tests.flow.recorder import Recorder
 
 import penstock as ps
+from penstock.flow.memory import SequenceSource
 from penstock.testing import run_virtual
 
 
@@ -216,3 +218,41 @@ def test_law_cancellation_of_a_functions_own_is_that_items_failure() -> None:
     with pytest.raises(ps.errors.StrayException) as raised:  # itself, it would cancel whoever waits
         asyncio.run(ps.Flow(range(5)).map(work).collect())
     assert "at stage 'work', item 3: 3" in raised.value.__notes__
+
+
+def test_a_signal_while_the_workers_end_loses_nothing() -> None:
+    class Model:
+        async def __call__(self, x: int) -> int:
+            return x
+
+        def close(self) -> None:
+            runs[0].interrupt(signal.SIGTERM)
+
+    recorder = Recorder(pace=100.0)
+    runs: list[Any] = []
+
+    async def main() -> Any:
+        async with ps.Flow(range(1000)).map(ps.per_worker(Model)).to(recorder).start(progress=False) as run:
+            runs.append(run)
+            return await run.finish()
+
+    report = run_virtual(main())
+    assert recorder.outputs == list(range(1000))
+    assert report.delivered == 1000
+    assert runs[0].interrupted == signal.SIGTERM
+
+
+def test_nothing_is_committed_after_an_acknowledgement_failed() -> None:
+    class Queue(SequenceSource):
+        async def settle(self, positions: Any) -> None:
+            raise OSError("disk full")
+
+    recorder = Recorder()
+
+    async def slowly(x: int) -> int:
+        await asyncio.sleep(x)
+        return x
+
+    with pytest.raises(OSError, match="disk full"):
+        run_virtual(ps.Flow(Queue(list(range(5)), "queue")).map(slowly).to(recorder).run(progress=False))
+    assert recorder.commits == 1

@@ -352,3 +352,50 @@ def test_law_errors_nothing_of_the_run_is_at_work_when_it_is_raised(error: type[
         run_virtual(ps.Flow(range(1000)).map(work).collect())
     assert started == list(range(6))
     assert sorted(ended) == started
+
+
+def test_an_error_that_cant_say_what_it_is_goes_by_on_error() -> None:
+    class Bad(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("in __str__")
+
+    async def work(x: int) -> int:
+        raise Bad
+
+    (kept,) = run_virtual(ps.Flow([1]).map(work, on_error="keep").collect())
+    assert (kept.reason, kept.error) == ("Bad", "<Bad whose str raised RuntimeError>")
+    assert run_virtual(ps.Flow([1]).map(work, on_error="skip").collect()) == []
+
+
+@pytest.mark.parametrize("taken", [None, 3])
+def test_what_closing_an_object_raises_is_raised_also_before_a_take(taken: int | None) -> None:
+    class Model:
+        async def __call__(self, x: int) -> int:
+            return x
+
+        def close(self) -> None:
+            raise ValueError("close failed")
+
+    flow = ps.Flow(range(100)).map(ps.per_worker(Model))
+    with pytest.raises(ValueError, match="close failed"):
+        run_virtual((flow if taken is None else flow.take(taken)).collect())
+
+
+def test_no_call_starts_after_a_key_has_failed() -> None:
+    failed = threading.Event()
+    late: list[int] = []
+
+    def key(x: int) -> int:
+        if x == 20:
+            failed.set()
+            raise ValueError("no key")
+        return x
+
+    def work(x: int) -> int:
+        if failed.is_set():
+            late.append(x)
+        return x
+
+    with pytest.raises(ValueError, match="no key"):
+        ps.Flow(range(64)).map(work, key=key, workers=4).collect_sync()
+    assert len(late) <= 4, "more than were being started"
