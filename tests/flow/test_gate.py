@@ -547,3 +547,8 @@ def test_a_hook_that_raises_is_the_failure_of_its_item(place: Any) -> None:
     with pytest.raises(KeyError) as raised:
         run_virtual(ps.Flow(range(2)).map(lambda x: {"x": x}, place=place, limit=limit).collect())
     assert any("Limit(throttled=) of stage '<lambda>'" in note for note in raised.value.__notes__)
+
+
+def test_batches_have_no_one_host() -> None:
+    with pytest.raises(PlanError, match="a batch has no one host"):
+        ps.Flow(["http://a/"]).map_batches(list, batch_size=2, limit=ps.Limit(per_host=True))

@@ -84,16 +84,17 @@ class JournalError(PenstockError, RuntimeError):
 
 
 class DecodeError(PenstockError, ValueError):
-    """What stands at ``path``, ``line`` (from 1) can't be read: ``reason``."""
+    """What stands at ``path``, ``line`` (from 1) can't be read: ``reason``. In a topic, ``line`` is a position."""
 
-    def __init__(self, path: str, line: int, reason: str) -> None:
-        super().__init__(path, line, reason)
+    def __init__(self, path: str, line: int, reason: str, what: str = "line") -> None:
+        super().__init__(path, line, reason, what)
         self.path = path
         self.line = line
         self.reason = reason
+        self.what = what
 
     def __str__(self) -> str:
-        return f"{self.path}, line {self.line}: {self.reason}"
+        return f"{self.path}, {self.what} {self.line}: {self.reason}"
 
 
 class CannotEncode(PenstockError, TypeError):

@@ -127,8 +127,8 @@ class Codec:
             )
         try:
             return self._decode(body)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise DecodeError(f"{path}, {self._target}", seq, str(error)) from None
+        except Exception as error:  # of msgspec, or of a __post_init__ of the user's; or it is nested too deeply
+            raise DecodeError(f"{path}, {self._target}", seq, str(error) or type(error).__name__, "event") from None
 
     @staticmethod
     def headers(shown: str | None) -> Mapping[str, str]:

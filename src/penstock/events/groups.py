@@ -217,7 +217,7 @@ def _ready(connection: Any, group: int, topic: int, owner: int, most: int, now: 
     rows = []
     for seq, _, attempt in found:
         connection.execute(
-            f"UPDATE pending SET state = {HELD}, owner = ?, attempt = attempt + 1 WHERE grp = ? AND seq = ?",
+            f"UPDATE pending SET state = {HELD}, owner = ?, due = 0, attempt = attempt + 1 WHERE grp = ? AND seq = ?",
             (owner, group, seq),
         )
         event = connection.execute(f"SELECT {_COLUMNS} FROM events AS event WHERE place = ?", (base + seq,)).fetchone()
@@ -232,7 +232,8 @@ def _new(transaction: Transaction, group: int, topic: int, owner: int, most: int
     began = cursor
     base = topic * SPAN
     rows: list[Row] = []
-    while len(rows) < most:
+    parked: int = connection.execute(f"SELECT count(*) FROM pending WHERE grp = ? AND state = {PARKED}", (group,)).get
+    while len(rows) < most and parked < MOST_PARKED:
         found = connection.execute(
             f"SELECT {_COLUMNS} FROM events AS event WHERE place >= ? AND place < ? ORDER BY place LIMIT ?",
             (base + cursor, base + SPAN, most - len(rows)),
@@ -251,7 +252,6 @@ def _new(transaction: Transaction, group: int, topic: int, owner: int, most: int
             continue
         blocked = _blocked(connection, group, owner, found)
         pending: list[tuple[Any, ...]] = []
-        parked = 0
         for event in found:
             place, _, due, key, *_ = event
             seq = place - base
@@ -270,10 +270,6 @@ def _new(transaction: Transaction, group: int, topic: int, owner: int, most: int
                 rows.append(_row(event, 1, False))
         cursor = following
         connection.executemany("INSERT INTO pending VALUES (?, ?, ?, ?, ?, ?, ?, ?)", pending)
-        if parked:
-            count = connection.execute(f"SELECT count(*) FROM pending WHERE grp = ? AND state = {PARKED}", (group,)).get
-            if count >= MOST_PARKED:
-                break
     if cursor != began:
         connection.execute("UPDATE groups SET cursor = ? WHERE grp = ?", (cursor, group))
     return rows

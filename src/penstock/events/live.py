@@ -95,7 +95,7 @@ class Presence:
     def empty(self) -> bool:
         """Take what was rung so far; whether there was any."""
         rung = False
-        with suppress(BlockingIOError):
+        with suppress(OSError):  # there is nothing, or the session has ended
             while os.read(self.bell, 4096):
                 rung = True
         return rung

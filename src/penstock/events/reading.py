@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from penstock.errors import PlanError
+from penstock.events.groups import settle_earlier
 from penstock.events.schema import READY, SPAN
 from penstock.events.transaction import Transaction, is_intact
 
@@ -244,9 +245,8 @@ def trim(
     connection.execute("UPDATE topics SET first = ?, bytes = bytes - ? WHERE topic = ?", (goal, gone, topic))
     if force:
         connection.execute("UPDATE groups SET cursor = max(cursor, ?) WHERE topic = ?", (goal, topic))
-        for table in ("pending", "dead"):
-            connection.execute(
-                f"DELETE FROM {table} WHERE seq < ? AND grp IN (SELECT grp FROM groups WHERE topic = ?)", (goal, topic)
-            )
+        for (group,) in connection.execute("SELECT grp FROM groups WHERE topic = ?", (topic,)).fetchall():
+            settle_earlier(transaction, group, topic, [(0, goal)])
+            connection.execute("DELETE FROM dead WHERE seq < ? AND grp = ?", (goal, group))
     connection.execute("PRAGMA incremental_vacuum").fetchall()
     return int(goal - first)

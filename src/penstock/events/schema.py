@@ -102,8 +102,7 @@ def prepare(connection: Any, path: str) -> None:
                 connection.execute("UPDATE owners SET expires = -1")
                 connection.execute(
                     "UPDATE pending SET due = coalesce((SELECT ? + (event.due - ?) / 1e6 FROM events AS event, groups "
-                    f"WHERE groups.grp = pending.grp AND event.place = groups.topic * {SPAN} + pending.seq), 0) "
-                    "WHERE state != 0",
+                    f"WHERE groups.grp = pending.grp AND event.place = groups.topic * {SPAN} + pending.seq), 0)",
                     (boot_time(), calendar()),
                 )
                 connection.execute("INSERT OR REPLACE INTO meta VALUES ('boot', ?)", (boot_id(),))

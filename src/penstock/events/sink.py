@@ -62,6 +62,7 @@ class TopicSink:
             raise OutputInUse(self.identity)
         await log.open()
         self._opened = True
+        self._waiting = []
         try:
             self._take(await log.ask(self._prefix_of, job))
             return await log.ask(self._load, job)
@@ -174,7 +175,7 @@ class TopicSink:
         _publish(transaction, self.topic.name, waiting)
         assert self._journal is not None
         self._journal.connection = transaction.connection
-        self._journal.transaction(delta, None if self._journal.state == self._state else self._state)
+        self._journal.transaction(delta, self._state)  # always: what it says of earlier ones may have been undone
 
     async def close(self) -> None:
         """Release the job. Safe to call twice."""
@@ -225,6 +226,7 @@ class JoinedSink:
         """Nothing to undo: what doesn't count isn't there."""
         await self._sink.topic.log.open()
         self._opened = True
+        self._sink.taken()  # by a run that failed
         return Progress(states=self)
 
     async def load_states(self, stage: str, keys: list[str]) -> dict[str, bytes]:

@@ -290,6 +290,10 @@ class GroupReading:
         """To the dead letters of the topic."""
         for owner, letter in self.letters(letters):
             await self.reader.bury(owner, [letter])
+        buried = Positions()
+        for failed in letters:
+            buried.add(failed.position)
+        self.forget(buried)
 
     async def give_back(self, positions: Positions, delay: float = 0, reason: str | None = None) -> None:
         """``close`` gives everything back."""

@@ -188,8 +188,8 @@ class FileStore:
 
     def look(self, topic: int) -> int:
         """A number to wait by: take it, look at what there is, and wait with it if that isn't enough."""
-        if self.presence is not None:
-            self.presence.empty()
+        if self.presence is not None and self.presence.empty():
+            self.wake(None)  # the ring was for all
         return self._counts.get(topic, 0) + self._rung
 
     async def changed(self, topic: int, seen: int, timeout: float | None) -> None:
@@ -250,32 +250,42 @@ class FileStore:
 
     def _listen(self) -> None:
         """The thread of the bell: asleep while nobody waits, else on the bell, with a look at the file once a
-        second."""
+        second. What goes wrong there (no descriptor is free, say) is logged, and tried again after a second."""
         assert self.presence is not None
-        looker = self.reader()
+        asleep, awake = select.poll(), select.poll()
+        asleep.register(self._nudged, select.POLLIN)
+        awake.register(self._nudged, select.POLLIN)
+        awake.register(self.presence.bell, select.POLLIN)
+        looker: Any = None
+        version: Any = None
         try:
-            version: Any = None
             while not self._over:
                 if not self._waiting:
-                    select.select([self._nudged], [], [])
+                    asleep.poll()
                     os.read(self._nudged, 4096)
                     version = None
                     continue
-                rung, _, _ = select.select([self.presence.bell, self._nudged], [], [], _LOOK_EVERY)
+                rung = [descriptor for descriptor, _ in awake.poll(1000 * _LOOK_EVERY)]
                 if self._nudged in rung:
                     os.read(self._nudged, 4096)
                 if self.presence.bell in rung:
                     self.presence.empty()
                     self.wake(None)
-                if not rung:
+                if rung:
+                    continue
+                try:
+                    looker = looker or self.reader()
                     before, version = version, looker.pragma("data_version")
                     if self.presence.has_lost_somebody():
                         self.presence.ring()
                         self.wake(None)
                     elif before is not None and before != version:
                         self.wake(None)
+                except Exception as error:
+                    logger.warning("%s: it can't be looked at: %s", self.path, error)
         finally:
-            looker.close()
+            if looker is not None:
+                looker.close()
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -293,3 +303,4 @@ class FileStore:
             self._connection = None
         if self.presence is not None:
             self.presence.leave()
+        self.wake(None)

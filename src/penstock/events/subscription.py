@@ -53,6 +53,8 @@ class Delivery(Generic[T]):
     ``value``, ``position``, ``key``, ``id``, ``headers``, ``time``: the event's. ``attempt``: which one this is, from
     1.
 
+    What raises WriteFailed leaves it in hand: it may be said again. It is given back when the subscription is left.
+
     In the block, an ``Exception`` is logged and the event delivered again, after a while; after ``max_attempts`` it
     goes to the dead letters with its traceback. A cancellation gives it back, and the attempt doesn't count. Instead,
     one of ``ack``, ``retry`` and ``dead`` may be called, in the block or without one.
@@ -105,11 +107,7 @@ class Delivery(Generic[T]):
         """
         if self._settle():
             reader = self._subscription.reader
-            try:
-                refused = await reader.acknowledge_one(self._owner, self._row.seq)
-            finally:
-                self._subscription.returned(self._row)
-            if refused:
+            if await self._said(reader.acknowledge_one(self._owner, self._row.seq)):
                 raise LeaseLost(reader.group)
 
     async def retry(self, delay: float | None = None) -> None:
@@ -129,10 +127,7 @@ class Delivery(Generic[T]):
         if self._settle():
             subscription = self._subscription
             due = loop_time(asyncio.get_running_loop()) + delay if delay else 0.0
-            behind = [(row.seq, 0.0, True) for row in subscription.behind(self.key)]
-            given = [(self._row.seq, due, unused), *behind]
-            refused = await self._say(subscription.reader.release(self._owner, given))
-            if refused:
+            if await self._say(subscription.give_back(self._row, self._owner, due, unused=unused)):
                 raise LeaseLost(subscription.reader.group)
 
     async def dead(self, reason: str, error: str = "") -> None:
@@ -153,10 +148,20 @@ class Delivery(Generic[T]):
         return first
 
     async def _say(self, saying: Any) -> Any:
+        return await self._said(uninterrupted(saying))
+
+    async def _said(self, saying: Any) -> Any:
+        """What came of saying it. What couldn't be written leaves it in hand, and may be said again."""
         try:
-            return await uninterrupted(saying)
-        finally:
+            said = await saying
+        except asyncio.CancelledError:
             self._subscription.returned(self._row)
+            raise
+        except Exception:
+            self.settled = False
+            raise
+        self._subscription.returned(self._row)
+        return said
 
     async def __aenter__(self) -> T:
         return self.value
@@ -236,6 +241,7 @@ class Subscription(Generic[T]):
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._freed: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
+        self._in_order = asyncio.Lock()  # of claims and what is given back: none of a key is claimed meanwhile
         self._entered = self._over = False
 
     def backoff(self, attempt: int) -> float:
@@ -289,10 +295,10 @@ class Subscription(Generic[T]):
                 row, event, owner = self._ready.popleft()
                 self._out += 1
                 self._asked += 1
-                if self._filling is None and len(self._ready) < self._demand.size // 2:
+                if len(self._ready) < self._demand.size // 2 or (self._waiting and not self._ready):
                     self._fill()
                 return Delivery(self, row, event, owner)
-            if self._filling is None and not self._ready:
+            if not self._ready:
                 self._fill()
             waiter = self._loop.create_future()
             self._waiting.append(waiter)
@@ -317,14 +323,16 @@ class Subscription(Generic[T]):
 
     # -- what deliveries say ----------------------------------------------------------------------------------------
 
-    def behind(self, key: str | None) -> list[Row]:
-        """What waits behind a delivery of this key; it is given back with it."""
-        lane = self._lanes.get(key) if key is not None else None
-        if lane is None:
-            return []
-        rows = [row for row, _, _ in lane]
-        lane.clear()
-        return rows
+    async def give_back(self, row: Row, owner: int, due: float, *, unused: bool) -> bool:
+        """Give back a delivery, and what this owner claimed behind it for its key; whether it was no longer its own."""
+        async with self._in_order:
+            lane = self._lanes.get(row.key, deque()) if row.key is not None else deque()
+            behind = [(later.seq, 0.0, True) for later, _, its in lane if its == owner]
+            refused = await self.reader.release(owner, [(row.seq, due, unused), *behind])
+            others = [waiting for waiting in lane if waiting[2] != owner]
+            lane.clear()
+            lane.extend(others)
+            return bool(refused)
 
     def returned(self, row: Row) -> None:
         """A delivery isn't out any more: the next of its key is ready."""
@@ -344,6 +352,9 @@ class Subscription(Generic[T]):
     # -- claiming ---------------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
+        """Have more claimed, unless it is being done or enough waits behind what is out: what returns asks again."""
+        if self._filling is not None or sum(map(len, self._lanes.values())) >= MOST_CLAIMED:
+            return
         self._filling = self._loop.create_task(self._claim(), name=f"penstock claims {self.topic.name}")
         self._filling.add_done_callback(self._filled)
 
@@ -362,7 +373,8 @@ class Subscription(Generic[T]):
             asked, self._asked = self._asked, 0
             most = self._demand.note(asked)
             try:
-                claimed = await uninterrupted(self._claimed(most))
+                async with self._in_order:
+                    claimed = await uninterrupted(self._claimed(most))
             except LeaseLost:
                 logger.warning("topic %r: the lease in group %r was lost", self.topic.name, self.reader.group)
                 self._forget()

@@ -35,7 +35,7 @@ def _checksum(place: int, time: int, due: int | None, key: str | None, id: str |
     crc = crc32(_numbers(place, time, -1 if due is None else due))
     if key is None and id is None and headers is None:
         return crc
-    return crc32(f"{key!r} {id!r} {headers!r}".encode(), crc)
+    return crc32(f"{key!a} {id!a} {headers!a}".encode(), crc)  # ASCII: what repr escapes depends on Python's version
 
 
 def is_intact(stored: Sequence[Any]) -> bool:

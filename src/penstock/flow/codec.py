@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from penstock.errors import CannotEncode, IdError, PlanError
+from penstock.flow.text import with_article
 
 __all__ = [
     "converter",
@@ -155,13 +156,8 @@ def _why(value: Any, error: Exception) -> str:
     except RecursionError:
         return "it is nested too deeply, or holds itself"
     if found is not None:
-        return f"the keys of JSON's objects are text, and {_brief(found[0])} is {_article(found[0])}"
+        return f"the keys of JSON's objects are text, and {_brief(found[0])} is {with_article(type(found[0]).__name__)}"
     return "it is nested too deeply, or holds itself" if isinstance(error, RecursionError) else str(error)
-
-
-def _article(value: Any) -> str:
-    name = type(value).__name__
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _bad_key(value: Any) -> tuple[Any] | None:

@@ -26,6 +26,7 @@ from penstock.flow.failing import DEAD_LETTER, RAISE, Policy
 from penstock.flow.ledger import DEAD, SKIPPED
 from penstock.flow.meter import BUSY, WAITING_INPUT, SegmentMeter
 from penstock.flow.origin import positions_of
+from penstock.flow.progress import Positions
 from penstock.flow.segment import Host
 
 __all__ = ["MOST_UNCOMMITTED", "Committer", "cancel_once", "uninterrupted"]
@@ -198,6 +199,11 @@ class Committer:
         delta.report = report
         if self._reading is not None and not self._joined and delta.dead:
             await self._call(self._reading.dead(delta.dead))
+            gone = Positions()
+            for letter in delta.dead:
+                gone.add(letter.position)
+            self.ledger.unfinished.remove(gone)
+            delta.settled.remove(gone)  # kept in the journal, they would be taken for done once they are requeued
             delta.dead = []
         began = perf_counter()
         fenced = await self._call(self.sink.commit(delta))

@@ -61,9 +61,11 @@ class Limit:
     """How fast a stage may call out: rates that are given, told by the server, and learned from its refusals.
 
     ``per_second``, ``per_minute``: requests. ``tokens_per_minute``: tokens, of which ``tokens=`` (a function of the
-    item) says how many a request will use; what an answer's ``usage`` says it really used is put right afterwards.
-    All of them hold at once, and are spread evenly: 600 a minute are ten a second. Without numbers nothing holds back
-    until a server refuses. ``per_host``: each host has these rates for itself; default: all share them.
+    item, for ``map_batches`` of the list) says how many a request will use; what an answer's ``usage`` says it really
+    used is put right afterwards. All of them hold at once, and are spread evenly: 600 a minute are ten a second.
+    Without numbers nothing holds back until a server refuses. ``per_host``: each host has these rates for itself;
+    default: all share them. A stage's items are then URLs, or have one as ``url``; ``map_batches``, whose calls have
+    many, takes no such limit.
     ``throttled``: a function of an exception or a result that says whether the server refused it: True, or the seconds
     to wait; None or False leaves it to what penstock can read (429, 503, ``Retry-After``, ``x-ratelimit-*``, …).
 

@@ -23,6 +23,7 @@ from penstock.flow.blocking import feed_each
 from penstock.flow.contract import Source
 from penstock.flow.demand import Demand
 from penstock.flow.progress import Position, Positions, Progress
+from penstock.flow.text import with_article
 from penstock.place.loop import clock_of
 
 __all__ = ["AsyncSource", "IterableSource", "MemorySource", "SequenceSource", "as_source", "position_of"]
@@ -51,7 +52,7 @@ def as_source(value: Any, name: str | None) -> Source[Any]:
     if isinstance(value, Iterable):
         return IterableSource(value, name)
     raise PlanError(
-        f"Flow({value!r:.60}) was given {_article(type(value).__name__)}, which can't be iterated",
+        f"Flow({value!r:.60}) was given {with_article(type(value).__name__)}, which can't be iterated",
         "Give a list, a generator, an async iterable, or one of ps.read",
     )
 
@@ -229,10 +230,6 @@ def _is_rows(value: Any) -> bool:
     """Whether it is an array of NumPy, which is the sequence of its rows."""
     numpy = sys.modules.get("numpy")  # nobody can have made one that was never imported
     return numpy is not None and isinstance(value, numpy.ndarray) and value.ndim > 0
-
-
-def _article(name: str) -> str:
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def _stable(value: Any) -> Any:

@@ -232,6 +232,11 @@ def plan_call(flow: Flow[Any]) -> Plan:
         raise PlanError("open() was called on a flow without stages", "Add a stage, for instance .map(function)")
     stages: list[Stage] = []
     for stage in flow.stages:
+        if isinstance(stage, MapState):
+            raise PlanError(
+                f"open(): {describe(stage)} keeps a state, which would be lost with the service",
+                "Publish to a topic, and use map_state in a flow over it",
+            )
         if not isinstance(stage, Work) or isinstance(stage, (Filter, FlatMap)):
             raise PlanError(
                 f"open(): {describe(stage)} isn't one to one, and each call needs one answer",

@@ -343,6 +343,8 @@ def _resolve(where: str, function: Any, given: dict[str, Any], defaults: dict[st
     limit = _last(given, defaults, "limit")
     if limit is not None and not isinstance(limit, Limit):
         raise PlanError(f"{where} limit={limit!r}", "Give a Limit, for instance ps.Limit(per_minute=600)")
+    if limit is not None and limit.per_host and batches:
+        raise PlanError(f"{where} limit={limit!r}, and a batch has no one host", "Use map, or leave out per_host=True")
     budget = _last(given, defaults, "max_failures")
     if budget is not None and (not _is_number(budget) or budget < 0):
         raise PlanError(f"{where} max_failures={budget!r}", "Give a count, or a share between 0 and 1")

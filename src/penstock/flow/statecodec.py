@@ -13,8 +13,6 @@ from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
-import msgspec
-
 from penstock.errors import PlanError
 from penstock.flow.codec import decoder, encode_json, is_plain
 from penstock.place.pickling import dumps
@@ -29,7 +27,7 @@ class StateCodec:
 
     def __init__(self, function: Any) -> None:
         self._kind = _kind_of(function)
-        self._decode: Callable[[bytes], Any] = decoder(None if self._kind is None else self._kind)
+        self._decode: Callable[[bytes], Any] = decoder(self._kind)
 
     def pack(self, state: Any) -> bytes:
         """A state as bytes. Raises what can't be encoded or pickled."""
@@ -52,7 +50,6 @@ def _kind_of(function: Any) -> Any:
         if kind in (None, Any, object):
             return None
         decoder(kind)
-        msgspec.json.Decoder(kind)
     except (PlanError, TypeError, NameError, ValueError, AttributeError, StopIteration):
         return None
     return kind

@@ -5,7 +5,19 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-__all__ = ["WIDTH", "compact", "cut", "duration", "number", "percent", "printable", "rate", "table", "wrapped"]
+__all__ = [
+    "WIDTH",
+    "compact",
+    "cut",
+    "duration",
+    "number",
+    "percent",
+    "printable",
+    "rate",
+    "table",
+    "with_article",
+    "wrapped",
+]
 
 WIDTH = 100
 _NARROWEST = 5
@@ -20,6 +32,15 @@ def printable(text: str) -> str:
     'caf\\\\udce9.txt'
     """
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def with_article(name: str) -> str:
+    """The name of a type as a sentence has it.
+
+    >>> with_article("int"), with_article("str")
+    ('an int', 'a str')
+    """
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def number(count: int) -> str:

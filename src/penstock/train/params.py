@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from penstock.errors import GradientRejected, PlanError
+from penstock.flow.text import with_article
 from penstock.train import kernels
 from penstock.train.kernels import Array
 
@@ -159,7 +160,7 @@ def _told(value: Any) -> str:
     """What it is, in words."""
     name, kind = type(value).__name__, getattr(value, "dtype", None)
     name = "array" if isinstance(value, np.ndarray) else name
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}{'' if kind is None else f' of {kind}'}"
+    return f"{with_article(name)}{'' if kind is None else f' of {kind}'}"
 
 
 def _as_array(value: Any) -> Array | None:
