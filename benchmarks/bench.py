@@ -178,11 +178,8 @@ def show(results: dict[str, dict[str, Any]]) -> str:
     undecided = [(name, row) for name in rows for row in rows[name] if row.undecided]
     loud = [name for name, result in results.items() if (result["others"] or 0) > QUIET]
     if loud:
-        lines += [
-            "",
-            f"**The machine wasn't idle during {', '.join(loud)}: unless it says there who else worked, those figures, "
-            "reached or missed, say little.**",
-        ]
+        told = f"**The machine wasn't idle during {', '.join(loud)}: where it doesn't say who else worked, its figures"
+        lines += ["", f"{told} say little.**"]
     if undecided:
         lines += ["", "Too noisy to decide:", ""]
         lines += [f"- [{name}](#{name}): {row.claim}: {row.ratio}, to reach: {row.target}" for name, row in undecided]
