@@ -15,6 +15,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -832,6 +833,67 @@ def test_parquet_infers_its_schema_from_the_first_rows() -> None:
     assert "doesn't fit int64" in rejected(write.parquet("out.parquet"), [{"b": "x"}])[0][1]
     with pytest.raises(ResumeMismatch, match="another schema"):
         write_all(write.parquet("out.parquet", schema=SCHEMA), [])
+
+
+MORNING = dt.time(6, 0, 0, 1500)
+EXACT: list[tuple[Any, Any, Any, str]] = [
+    (pa.int64(), 2.0, 0.73, "it would become 0"),
+    (pa.uint8(), Decimal(2), Decimal("1.5"), "it would become 1"),
+    (pa.int32(), np.float32(2), np.float64(2.9), "it would become 2"),
+    (pa.int64(), 1, np.datetime64("2026-01-02T00:00:00.000000005"), "it is a time and no number"),
+    (pa.dictionary(pa.int32(), pa.int64()), 1, 0.5, "it would become 0"),
+    (pa.date32(), NAIVE.date(), NAIVE.replace(hour=6), "the column holds days, without the time"),
+    (pa.date32(), NAIVE, AWARE, "the column holds days, without the time"),
+    (pa.date64(), dt.date(2026, 1, 2), 1.5, "it would become 1"),
+    (pa.time32("s"), dt.time(6), MORNING, "the column counts whole s"),
+    (pa.time32("ms"), dt.time(6, 0, 0, 1000), MORNING, "the column counts whole ms"),
+    (pa.time64("us"), MORNING, 0.5, "it would become 0"),
+    (pa.time64("us"), MORNING, np.timedelta64(5, "ns"), "it is a time and no number"),
+    (pa.timestamp("s"), NAIVE, NAIVE.replace(microsecond=1), "the column counts whole s"),
+    (pa.timestamp("ns"), NAIVE.replace(microsecond=1), 0.5, "it would become 0"),
+    (pa.duration("ms"), dt.timedelta(milliseconds=5), dt.timedelta(microseconds=5), "the column counts whole ms"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "good", "bad", "reason"), EXACT)
+@pytest.mark.parametrize(
+    ("outer", "wrap"),
+    [
+        (lambda kind: kind, lambda one: one),
+        (pa.list_, lambda one: [None, one]),
+        (lambda kind: pa.struct([("x", kind)]), lambda one: {"x": one}),
+        (lambda kind: pa.map_(pa.string(), kind), lambda one: {"x": one}),
+        (lambda kind: pa.map_(pa.string(), pa.list_(kind)), lambda one: [("x", [one])]),
+    ],
+)
+def test_parquet_cuts_nothing_off(kind: Any, good: Any, bad: Any, reason: str, outer: Any, wrap: Any) -> None:
+    schema = pa.schema([("a", outer(kind))])
+    ((index, said),) = rejected(write.parquet("out.parquet", schema=schema), [{"a": wrap(good)}, {"a": wrap(bad)}])
+    assert index == 1
+    assert reason in said
+
+
+def test_parquet_widens_integers_while_the_schema_is_open() -> None:
+    async def main(*batches: list[Any]) -> None:
+        sink = write.parquet("out.parquet")
+        await sink.open(JobId("job", "source", fresh=True))
+        try:
+            for batch in batches:
+                await sink.write([((("in", 0),), [{"a": value} for value in batch])])
+            await sink.commit(settled([0]))
+        finally:
+            await sink.close()
+
+    asyncio.run(main([1], [0.73, 3], [0.2], [2]))
+    assert [row["a"] for row in parts()] == [1.0, 0.73, 3.0, 0.2, 2.0]
+    with pytest.raises(OutputRejected, match=r"column 'a': 0.5 doesn't fit int64 \(it would become 0\)"):
+        asyncio.run(main([2**60 + 1], [0.5]))  # which no float holds
+
+
+def test_parquet_that_counts_is_of_one_schema() -> None:
+    write_all(write.parquet("out.parquet"), [{"a": 1}])
+    ((_, said),) = rejected(write.parquet("out.parquet"), [{"a": 0.5}])
+    assert "0.5 doesn't fit int64 (it would become 0)" in said
 
 
 def test_parquet_of_mixed_first_rows_takes_the_first_type() -> None:

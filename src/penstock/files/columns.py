@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import enum
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from penstock.errors import CannotEncode, MissingDependency, OutputRejected
+from penstock.errors import CannotEncode, OutputRejected
+from penstock.files.arrow import arrow, parquet_module
+from penstock.files.exact import check_exact, is_lax
 
-__all__ = ["arrow", "columns_of", "infer", "parquet_module", "refusal"]
-
-
-def arrow() -> Any:
-    """The pyarrow package, or MissingDependency."""
-    try:
-        import pyarrow as pa
-    except ImportError:
-        raise MissingDependency("pyarrow", "Parquet", "parquet") from None
-    return pa
-
-
-def parquet_module() -> Any:
-    """pyarrow's Parquet module, or MissingDependency."""
-    arrow()
-    import pyarrow.parquet as module
-
-    return module
+__all__ = ["columns_of", "infer", "refusal", "retyped"]
 
 
 def refusal(schema: Any) -> str | None:
@@ -41,18 +25,21 @@ def refusal(schema: Any) -> str | None:
     return None
 
 
-def infer(rows: Sequence[Mapping[str, Any]], known: Any = None) -> Any:
-    """The schema of some rows; ``known``: that of earlier ones, of which only the columns without a type are open."""
+def infer(rows: Sequence[Mapping[str, Any]], known: Any = None, *, widening: bool = True) -> Any:
+    """The schema of some rows; ``known``: that of earlier ones, of which a column without a type is open.
+
+    ``widening``: a column of integers becomes one of floats when the first float comes.
+    """
     pa = arrow()
-    if known is not None and not any(pa.types.is_null(kind) for kind in known.types):
-        return known
     names = list(dict.fromkeys(str(name) for row in rows for name in row)) if known is None else known.names
     fields = []
     for at, name in enumerate(names):
-        if known is not None and not pa.types.is_null(known.field(at).type):
-            fields.append(known.field(at))
-            continue
+        before = known.field(at).type if known is not None else pa.null()
         values = [row.get(name) for row in rows]
+        if not pa.types.is_null(before):
+            widens = widening and before.equals(pa.int64()) and any(isinstance(value, float) for value in values)
+            fields.append(pa.field(name, pa.float64()) if widens else known.field(at))
+            continue
         try:
             kind = _array(values).type
         except (pa.ArrowException, OverflowError, TypeError, ValueError):
@@ -89,6 +76,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def retyped(column: Any, kind: Any) -> Any:
+    """A column in the type that later rows gave it. Raises ArrowInvalid for integers that no float holds."""
+    pa = arrow()
+    if column.type.equals(kind):
+        return column
+    return pa.nulls(len(column), kind) if pa.types.is_null(column.type) else column.cast(kind)
+
+
 def _first_type(values: list[Any]) -> Any:
     """The type of the first value that has one: the others will be named as not fitting."""
     pa = arrow()
@@ -116,8 +111,8 @@ def columns_of(rows: Sequence[Mapping[str, Any]], owners: Sequence[int], schema:
         values = [row.get(field.name) for row in rows]
         try:
             array = _array(values, field.type)
-            if _is_lax(field.type):
-                _check_parts(values, field.type)
+            if is_lax(field.type):
+                check_exact(values, field.type)
             if array.null_count and not field.nullable:
                 raise ValueError("it may not be null")
             arrays.append(array)
@@ -137,42 +132,10 @@ def _misfit(value: Any, field: Any) -> str | None:
     is_open = pa.types.is_null(field.type) and value is not None
     try:
         _array([value], None if is_open else field.type)
-        _check_parts([value], field.type)
+        check_exact([value], field.type)
     except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
         problem = "has no type in Parquet" if is_open else f"doesn't fit {field.type}"
         return f"{value!r:.60} {problem} ({error})"
     if is_open:
         return "it was null in all the rows that the schema was inferred from; give write.parquet a schema="
     return "it may not be null" if value is None and not field.nullable else None
-
-
-def _is_lax(kind: Any) -> bool:
-    """Whether Arrow takes values for this type that it doesn't keep whole."""
-    pa = arrow()
-    if pa.types.is_struct(kind) or pa.types.is_timestamp(kind):
-        return True
-    return any(_is_lax(kind.field(at).type) for at in range(kind.num_fields))
-
-
-def _check_parts(values: Any, kind: Any) -> None:
-    """Raise ValueError for what Arrow would change without a word: a dict with keys that its struct type lacks, which
-    it drops, and a datetime without a time zone in a column with one (or the reverse), which it takes for UTC."""
-    pa = arrow()
-    if pa.types.is_timestamp(kind):
-        for value in values:
-            if isinstance(value, dt.datetime) and (value.tzinfo is None) != (kind.tz is None):
-                has, lacks = ("the column", "it") if value.tzinfo is None else ("it", "the column")
-                raise ValueError(f"{has} has a time zone, and {lacks} has none")
-    elif pa.types.is_struct(kind):
-        names = [kind.field(at).name for at in range(kind.num_fields)]
-        for value in values:
-            if isinstance(value, Mapping):
-                further = [str(name) for name in value if name not in names]
-                if further:
-                    raise ValueError(f"it has no field {', '.join(further)}")
-                for at, name in enumerate(names):
-                    _check_parts([value.get(name)], kind.field(at).type)
-    elif any(test(kind) for test in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
-        for value in values:
-            if value is not None and _is_lax(kind.value_type):
-                _check_parts(value, kind.value_type)

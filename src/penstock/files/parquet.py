@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from penstock.errors import CannotEncode, ForeignOutput, OutputRejected, PlanError, ResumeMismatch
-from penstock.files.columns import arrow, columns_of, infer, parquet_module, refusal
+from penstock.files.arrow import arrow, parquet_module
+from penstock.files.columns import columns_of, infer, refusal, retyped
 from penstock.files.rows import each_row
 from penstock.flow.contract import Delta, Origin
 from penstock.flow.disk import make_directory, sync_directory, sync_file, write_whole
@@ -82,13 +83,28 @@ class ParquetOutput(Output):
         self._count = self._bytes = 0
 
     def _schema_for(self, rows: Sequence[Mapping[str, Any]], owners: Sequence[int]) -> Any:
-        schema = self._schema if self._is_fixed else infer(rows, self._schema)
-        if schema is not self._schema:
-            reason = refusal(schema) if schema.names else "it has no columns"
-            if reason:
-                error = CannotEncode(self.path, "row", reason)
-                raise OutputRejected([(index, error) for index in sorted(set(owners))])
+        if self._is_fixed:
+            return self._schema
+        schema = infer(rows, self._schema)
+        if schema == self._schema:
+            return schema
+        if not self._holds_what_waits(schema):
+            schema = infer(rows, self._schema, widening=False)
+        reason = refusal(schema) if schema.names else "it has no columns"
+        if reason:
+            error = CannotEncode(self.path, "row", reason)
+            raise OutputRejected([(index, error) for index in sorted(set(owners))])
         return schema
+
+    def _holds_what_waits(self, schema: Any) -> bool:
+        """Whether no integer among the rows that wait is too large for a column that becomes one of floats."""
+        try:
+            for batch in self._waiting:
+                for column, kind in zip(batch, schema.types, strict=True):
+                    retyped(column, kind)
+        except arrow().ArrowInvalid:
+            return False
+        return True
 
     def _prepare(self, *, fresh: bool) -> None:
         self._parts = self._written = 0
@@ -155,7 +171,7 @@ class ParquetOutput(Output):
         if not batches:
             return
         columns = [
-            pa.chunked_array([_typed(batch[at], field.type) for batch in batches], type=field.type)
+            pa.chunked_array([retyped(batch[at], field.type) for batch in batches], type=field.type)
             for at, field in enumerate(self._schema)
         ]
         table = pa.Table.from_arrays(columns, schema=self._schema)
@@ -216,8 +232,3 @@ def _shown(number: int) -> str:
 
 def _hidden(number: int) -> str:
     return f".part-{number:05d}.parquet"
-
-
-def _typed(column: Any, kind: Any) -> Any:
-    """A column that was all null before its type was known, in that type."""
-    return column if column.type.equals(kind) else arrow().nulls(len(column), kind)

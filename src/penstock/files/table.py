@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from penstock.errors import DecodeError, PlanError
-from penstock.files.columns import arrow, parquet_module
+from penstock.files.arrow import arrow, parquet_module
 from penstock.files.lines import MAX_LINE, BadLine, read_lines
 from penstock.files.paths import FileSet
 from penstock.files.source import BATCH, BATCH_BYTES, Batch, FileSource, Unsettled

@@ -61,9 +61,11 @@ def parquet(
 ) -> ParquetOutput:
     """Write rows (dicts, dataclasses, Structs) into a directory of Parquet files, which appear when they count.
 
-    ``schema``: a pyarrow.Schema; by default inferred from the first rows. Arrays become lists, also of lists, Enums
-    their values, paths text. A value that doesn't fit is that item's error, and so is a datetime without a time zone
-    among those with one. ``rows``: the most rows of a file. ``max_age``: seconds between commits; each ends a file.
+    ``schema``: a pyarrow.Schema; by default inferred from the first rows, where floats among integers make the column
+    one of floats. Arrays become lists, also of lists, Enums their values, paths text. A value that its column wouldn't
+    hold as it is is that item's error: a fraction among integers, a time of day among dates, a datetime without a
+    time zone among those with one. ``rows``: the most rows of a file. ``max_age``: seconds between commits; each ends
+    a file.
 
     Needs pyarrow (``penstock[parquet]``), else MissingDependency. Raises, when run, what ``jsonl`` raises.
 
