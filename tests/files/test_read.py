@@ -13,6 +13,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.errors import DecodeError, MissingDependency, MissingInput, PlanError, ResumeMismatch
-from penstock.files import lines as lines_module
+from penstock.files import compressed as compressed_module
 from penstock.files import read
 from penstock.files.lines import BadLine, read_lines
 from penstock.files.paths import partition_of
@@ -100,9 +101,9 @@ def test_lines_in_another_encoding() -> None:
 
 
 def test_a_line_too_long_is_passed_over_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines_module, "_BLOCK", 64)
+    monkeypatch.setattr(compressed_module, "_BLOCK", 64)
     Path("a.txt").write_bytes(b"short\n" + b"x" * 5000 + b"\nafter\n" + b"y" * 500)
-    found = [line for lines in read_lines("a.txt", 100) for line in lines]
+    found = [line for lines in read_lines("a.txt", longest=100) for line in lines]
     assert [type(line) for line in found] == [bytes, BadLine, bytes, BadLine]
     assert found[1] == BadLine(b"x" * 1000, "the line has 5,000 bytes, and at most 100 are read")
     assert (found[0], found[2]) == (b"short", b"after")
@@ -116,7 +117,7 @@ def test_lines_are_those_of_split(content: bytes, block: int) -> None:
     if not expected[-1]:
         expected.pop()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines_module, "_BLOCK", block)
+        patch.setattr(compressed_module, "_BLOCK", block)
         assert [line for lines in read_lines("a.bin") for line in lines] == expected
 
 
@@ -154,7 +155,7 @@ def test_compressed_data_that_is_cut_short_is_an_error_after_its_lines(path: str
         *good, bad = items(read.lines(path))
         assert good == content.splitlines()[: len(good)]
         assert isinstance(bad, Unreadable)
-        assert f"line {len(good) + 1}: the compressed data ends early" in str(bad.error)
+        assert f"line {len(good) + 1}: the compressed data ends too early" in str(bad.error)
     Path(path).write_bytes(whole + whole[: len(whole) // 2])
     *good, bad = items(read.lines(path))
     assert good[:size] == content.splitlines()
@@ -481,6 +482,79 @@ def test_settled_records_are_not_decoded() -> None:
     """What is wrong with them was dealt with."""
     Path("a.jsonl").write_text("bad\n{}\n")
     assert read_all(read.jsonl("a.jsonl"), Positions({"a.jsonl": Intervals([(0, 1)])})) == [(("a.jsonl", 1), {})]
+
+
+# Files that change while they are read.
+
+
+def growing(name: str, more: bytes) -> Callable[[Any], Any]:
+    """A function that appends to a file, and makes another, when it sees its first item."""
+    seen: list[Any] = []
+
+    def work(item: Any) -> Any:
+        if not seen:
+            with open(name, "ab") as file:
+                file.write(more)
+            Path("b.txt").write_bytes(BIG[:20_004])
+        seen.append(item)
+        return len(item)
+
+    return work
+
+
+BIG = b"".join(b"%d%s\n" % (n, b"x" * 10_000) for n in range(1000))
+
+
+def test_what_comes_while_a_job_runs_is_left_to_the_next_run() -> None:
+    Path("a.txt").write_bytes(BIG)
+    job = read.lines("*.txt", on_error="skip").map(growing("a.txt", b"half a li")).to("out.jsonl")
+    assert job.run_sync(progress=False).delivered == 1000
+    with open("a.txt", "ab") as file:
+        file.write(b"ne\n")
+    assert job.run_sync(progress=False).delivered == 3
+    assert sorted(map(int, Path("out.jsonl").read_text().split()))[:2] == [11, 10_001]
+
+
+def test_a_file_that_is_cut_short_while_it_is_read() -> None:
+    def cut(line: str) -> str:
+        os.truncate("a.txt", 5_000_000)
+        return line
+
+    Path("a.txt").write_bytes(BIG)
+    read.lines("a.txt", on_error="dead_letter").map(cut).to("out.jsonl").run_sync(progress=False)
+    (letter,) = read.dead("out.jsonl").collect_sync()
+    assert "the file was cut short while it was read" in letter.error
+
+
+def test_a_file_that_goes_before_it_is_read() -> None:
+    def remove(line: str) -> str:
+        Path("b.txt").unlink(missing_ok=True)
+        return line
+
+    Path("a.txt").write_bytes(BIG)
+    Path("b.txt").write_bytes(BIG)
+    with pytest.raises(FileNotFoundError, match=r"b\.txt"):
+        read.lines("*.txt").map(remove).to("out.jsonl").run_sync(progress=False)
+
+
+def test_a_bomb_is_read_in_bounded_memory() -> None:
+    """A gigabyte of zeros in 32 KB, of which one line is skipped."""
+    compressor = zstandard.ZstdCompressor(level=1).compressobj()
+    with open("a.zst", "wb") as file:
+        file.writelines(compressor.compress(bytes(1 << 20)) for _ in range(1024))
+        file.write(compressor.flush())
+    code = """
+import resource, sys
+from penstock.files.lines import read_lines
+import zstandard
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print([line.reason for lines in read_lines("a.zst") for line in lines])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // (1024 if sys.platform != "darwin" else 1 << 20))
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    said, grown = shown.stdout.splitlines()
+    assert "1,073,741,824 bytes" in said
+    assert int(grown) < 40
 
 
 # Names.

@@ -99,12 +99,24 @@ def test_a_last_line_that_was_continued_is_a_change(name: str, before: bytes, ap
     assert found == (None if same else expected)
 
 
+@pytest.mark.parametrize(
+    ("before", "same"),
+    [(b'a,b\n1,"two\n', False), (b'a,b\n1,"two\n"\n', True), (b'a,b\n1,2" pipe\n', True), (b'a,"b\n', False)],
+)
+def test_a_row_that_was_open_and_continued_is_a_change(before: bytes, same: bool) -> None:
+    write("a.csv", before)
+    seen = snapshot(read.csv("a.csv"))
+    write("a.csv", before + b'3,"4"\n')
+    expected = "a.csv ended within a quoted field and was appended to, which changes its last row"
+    assert changed(read.csv("a.csv"), seen) == (None if same else expected)
+
+
 def test_an_incomplete_compressed_file_that_grew_is_a_change() -> None:
     whole = gzip.compress(b"one\ntwo\n" * 100)
     write("a.gz", whole[:-5])
     seen = snapshot(read.lines("a.gz"))
     write("a.gz", whole)
-    assert "was incomplete (the compressed data ends early" in str(changed(read.lines("a.gz"), seen))
+    assert "was incomplete (the compressed data ends too early" in str(changed(read.lines("a.gz"), seen))
 
 
 def test_new_files_are_growth_and_lost_ones_are_not() -> None:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.net.hostile import bombs
 
-from penstock.net.decoding import Corrupt, accepted_encodings, make_decoder
+from penstock.flow.expand import Corrupt
+from penstock.net.decoding import accepted_encodings, make_decoder
 
 
 def raw_deflate(data: bytes) -> bytes:
@@ -62,7 +63,7 @@ def test_a_body_that_ends_too_early_is_told_from_a_whole_one(kind: str, data: by
 def test_a_body_that_isn_t_compressed_is_broken(kind: str) -> None:
     decoder = make_decoder(kind)
     assert decoder is not None
-    with pytest.raises(Corrupt, match="broken"):
+    with pytest.raises(Corrupt, match="damaged"):
         list(decoder.feed(b"\x28\xb5\x2f\xfd\xff\xffthis was never compressed"))
 
 

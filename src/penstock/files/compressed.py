@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import os
-import zlib
-from abc import ABC, abstractmethod
-from typing import Any, Protocol, Self
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Self
 
 from penstock.errors import MissingDependency
+from penstock.flow.expand import Corrupt, Decoder, Gzip, Zstd
 
-__all__ = ["ByteReader", "is_compressed", "open_bytes", "zstandard"]
+__all__ = ["is_compressed", "open_bytes", "zstandard"]
 
-_PIECE = 16 << 10  # what is decompressed at once: small, since zstd may make ten thousand times as much of it
-
-
-class ByteReader(Protocol):
-    """What ``open_bytes`` returns. ``read`` returns up to ``size`` bytes (zstd: what a piece holds), b"" at the end."""
-
-    def read(self, size: int, /) -> bytes: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *error: object) -> object: ...
+_BLOCK = 1 << 18  # about what is read at once
+_PIECE = 16 << 10  # of compressed data
 
 
 def is_compressed(path: str) -> bool:
@@ -32,24 +24,18 @@ def is_compressed(path: str) -> bool:
     return os.path.splitext(path)[1] in (".gz", ".zst")
 
 
-def open_bytes(path: str, limit: int | None = None) -> ByteReader:
+def open_bytes(path: str, limit: int | None = None) -> _Reader:
     """Open a file to be read in blocks, decompressing ``.gz`` and ``.zst``.
 
-    ``limit``: as if the file had only so many bytes. ``read`` raises EOFError, whose text says what is wrong, for
-    compressed data that is damaged or ends early. Raises MissingDependency for ``.zst`` without zstandard.
+    ``limit``: as if the file had only so many bytes. Raises MissingDependency for ``.zst`` without zstandard.
     """
     suffix = os.path.splitext(path)[1]
-    if suffix == ".zst":
-        zstandard()
-    raw: Any = open(path, "rb", buffering=0)  # noqa: SIM115  # closed by the reader
-    if limit is not None:
-        raw = _Head(raw, limit)
+    decoder: Decoder | None = None
     if suffix == ".gz":
-        return _Gzip(raw)
-    if suffix == ".zst":
-        return _Zstd(raw)
-    reader: ByteReader = raw
-    return reader
+        decoder = Gzip()
+    elif suffix == ".zst":
+        decoder = Zstd(zstandard())
+    return _Reader(open(path, "rb", buffering=0), limit, decoder)  # closed by the reader
 
 
 def zstandard() -> Any:
@@ -61,109 +47,59 @@ def zstandard() -> Any:
     return package
 
 
-class _Head(io.RawIOBase):
-    """The first bytes of a file, as a file."""
+class _Reader:
+    """An open file, to be iterated over in blocks of about 256 KB of what it holds.
 
-    def __init__(self, raw: io.RawIOBase, limit: int) -> None:
-        self._raw = raw
-        self._left = limit
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        data = self._raw.read(min(self._left, len(buffer))) or b""
-        self._left -= len(data)
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
-
-
-class _Frames(ABC):
-    """Reads compressed frames (gzip calls them members) one after the other.
-
-    Not the libraries' own readers: zstd's takes a cut frame for the end of the file, and gzip's loses what it had
-    read of one.
+    What came before the data breaks off is yielded first; then EOFError, whose text says what is wrong, is raised: for
+    compressed data that is damaged or ends early, and where the file is shorter than the limit.
     """
 
-    def __init__(self, raw: Any) -> None:
-        self._raw = raw
-        self._frame: Any = None
-        self._rest = b""
-        self._is_first = True
+    def __init__(self, raw: Any, limit: int | None, decoder: Decoder | None) -> None:
+        self._raw: BinaryIO = raw
+        self._left = limit
+        self._decoder = decoder
 
-    def read(self, size: int, /) -> bytes:
-        while True:
-            piece = self._rest or self._raw.read(_PIECE)
-            self._rest = b""
-            if self._frame is None:
-                if not self._is_first:
-                    piece = piece.lstrip(b"\0") or self._skip_padding()
-                if not piece:
-                    return b""
-                self._frame = self._begin()
-                self._is_first = False
-            try:
-                data = self._decompress(piece, size)
-            except self.errors as error:
-                raise EOFError(f"the compressed data is damaged: {error}") from None
-            if self._frame.eof:
-                self._rest = self._frame.unused_data
-                self._frame = None
-            elif not piece and not data:
-                raise EOFError("the compressed data ends early: the file is cut short")
-            if data:
-                return data
+    def __iter__(self) -> Iterator[bytes]:
+        if self._decoder is None:
+            while data := self._read(_BLOCK):
+                yield data
+            return
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            for piece in self._expanded(self._decoder):
+                pieces.append(piece)
+                size += len(piece)
+                if size >= _BLOCK:
+                    yield b"".join(pieces)
+                    pieces, size = [], 0
+        except EOFError:
+            if pieces:
+                yield b"".join(pieces)
+            raise
+        if pieces:
+            yield b"".join(pieces)
 
-    def _skip_padding(self) -> bytes:
-        """What comes after the zeros that may follow a frame, as on tapes."""
-        while piece := self._raw.read(_PIECE):
-            if rest := piece.lstrip(b"\0"):
-                found: bytes = rest
-                return found
-        return b""
+    def _expanded(self, decoder: Decoder) -> Iterator[bytes]:
+        try:
+            while data := self._read(_PIECE):
+                yield from decoder.feed(data)
+            decoder.finish()
+        except Corrupt as error:
+            raise EOFError(str(error)) from None
+
+    def _read(self, size: int) -> bytes:
+        """The next bytes of the file within the limit."""
+        if self._left is None:
+            return self._raw.read(size)
+        data = self._raw.read(min(size, self._left))
+        self._left -= len(data)
+        if not data and self._left:
+            raise EOFError(f"the file was cut short while it was read: {self._left:,} bytes are gone")
+        return data
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._raw.close()
-
-    errors: type[Exception]
-
-    @abstractmethod
-    def _begin(self) -> Any:
-        """A decompressor for the next frame."""
-
-    @abstractmethod
-    def _decompress(self, piece: bytes, size: int) -> bytes:
-        """What a piece of the frame holds; what is left of the piece goes to ``_rest``."""
-
-
-class _Gzip(_Frames):
-    errors = zlib.error
-
-    def _begin(self) -> Any:
-        return zlib.decompressobj(31)
-
-    def _decompress(self, piece: bytes, size: int) -> bytes:
-        data: bytes = self._frame.decompress(piece, size)
-        self._rest = self._frame.unconsumed_tail
-        return data
-
-
-class _Zstd(_Frames):
-    def __init__(self, raw: Any) -> None:
-        super().__init__(raw)
-        self.errors = zstandard().ZstdError
-        self._decompressor = zstandard().ZstdDecompressor()
-
-    def _begin(self) -> Any:
-        return self._decompressor.decompressobj()
-
-    def _decompress(self, piece: bytes, size: int) -> bytes:
-        data: bytes = self._frame.decompress(piece) if piece else b""
-        return data

@@ -12,7 +12,6 @@ __all__ = ["MAX_LINE", "BadLine", "read_lines"]
 MAX_LINE = 64 << 20
 """The most bytes of a line; a longer one is skipped and handed on as a BadLine."""
 
-_BLOCK = 1 << 18
 _SHOWN = 1000
 
 
@@ -27,34 +26,32 @@ class BadLine:
         return len(self.raw)
 
 
-def read_lines(path: str, longest: int = MAX_LINE) -> Iterator[list[bytes | BadLine]]:
+def read_lines(path: str, limit: int | None = None, longest: int = MAX_LINE) -> Iterator[list[bytes | BadLine]]:
     r"""The lines of a file in lists, decompressed by suffix, without their ``\n``; the last one needs none.
 
-    A line longer than ``longest`` is a BadLine; so is, at the end, what follows where compressed data breaks off.
+    ``limit``: as if the file had only so many bytes. A line longer than ``longest`` is a BadLine; so is, at the end,
+    what follows where compressed data, or a file that has become shorter than ``limit``, breaks off.
     """
     pieces: list[bytes] = []  # of the line that is not yet complete
     length = 0
-    with open_bytes(path) as file:
-        while True:
-            try:
-                block = file.read(_BLOCK)
-            except EOFError as error:
-                yield [BadLine(b"".join(pieces)[:_SHOWN], str(error))]
-                return
-            if not block:
-                break
-            first, newline, after = block.partition(b"\n")
-            pieces.append(first)
-            length += len(first)
-            if length > longest:
-                pieces = [b"".join(pieces)[:_SHOWN]]
-            if not newline:
-                continue
-            lines: list[bytes | BadLine] = [*after.split(b"\n")]
-            rest = lines.pop()
-            yield [_line(pieces, length, longest), *lines]
-            assert isinstance(rest, bytes)
-            pieces, length = [rest], len(rest)
+    with open_bytes(path, limit) as file:
+        try:
+            for block in file:
+                first, newline, after = block.partition(b"\n")
+                pieces.append(first)
+                length += len(first)
+                if length > longest:
+                    pieces = [b"".join(pieces)[:_SHOWN]]
+                if not newline:
+                    continue
+                lines: list[bytes | BadLine] = [*after.split(b"\n")]
+                rest = lines.pop()
+                yield [_line(pieces, length, longest), *lines]
+                assert isinstance(rest, bytes)
+                pieces, length = [rest], len(rest)
+        except EOFError as error:
+            yield [BadLine(b"".join(pieces)[:_SHOWN], str(error))]
+            return
     if length:
         yield [_line(pieces, length, longest)]
 

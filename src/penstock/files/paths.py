@@ -97,6 +97,20 @@ class FileSet:
                     found[path] = None
         return list(found)
 
+    def paths_of(self, snapshot: dict[str, dict[str, Any]] | None) -> list[tuple[str, int | None]]:
+        """The files of a snapshot, each with the size it had; without one the matching files. Raises MissingInput."""
+        if snapshot is None:
+            return [(path, None) for path in self.paths()]
+        there = [(path, snapshot[one]["size"]) for path in self.paths() if (one := partition_of(path)) in snapshot]
+        if len(there) < len(snapshot):
+            raise MissingInput(min(set(snapshot) - {partition_of(path) for path, _ in there}))
+        return there
+
+    def grown(self, before: dict[str, dict[str, Any]]) -> list[tuple[str, int]]:
+        """The files that are larger than in a snapshot, each with the size it had."""
+        sizes = [(path, before[one]["size"]) for path in self.paths() if (one := partition_of(path)) in before]
+        return [(path, size) for path, size in sizes if os.stat(path).st_size > size]
+
     def _check(self, path: str) -> None:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -163,7 +177,7 @@ def _ends_a_line(path: str, size: int) -> bool:
     if is_compressed(path):
         last = b""
         with open_bytes(path, size) as file:
-            while block := file.read(_BLOCK):
+            for block in file:
                 last = block[-1:]
         return last in (b"\n", b"")
     with open(path, "rb") as plain:

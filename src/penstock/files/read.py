@@ -4,7 +4,8 @@
 ``ps.Flow``; ``defaults`` are stage parameters for all stages, and their ``on_error`` also says what becomes of what
 can't be read. All are read in bounded memory, and resumed where an earlier run of the job ended; files that grew since,
 and new ones, are read on from there, and any other change stops the job with ResumeMismatch. So does naming a file
-otherwise than before (absolutely, or from another directory): it is known by its path as given.
+otherwise than before (absolutely, or from another directory): it is known by its path as given. A run of a job reads
+what there was when it began, and leaves to the next run what comes meanwhile.
 """
 
 # id= and type= are the names that users know

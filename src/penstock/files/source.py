@@ -56,9 +56,12 @@ class FileSource(ABC):
         return how
 
     async def read(self, after: Progress) -> AsyncIterator[Sequence[tuple[Position, Any]]]:
-        """Yield what isn't settled, in batches. Closing or cancelling ends the thread before its next batch."""
+        """Yield what isn't settled, in batches. Closing or cancelling ends the thread before its next batch.
+
+        Of what has come since the snapshot nothing is read: a line that was half written then would count as read.
+        """
         batches: AsyncGenerator[Sequence[tuple[Position, Any]], None] = feed(
-            lambda: self._batches(after.settled), f"penstock-{self.identity}"
+            lambda: self._batches(after), f"penstock-{self.identity}"
         )
         try:
             async for batch in batches:
@@ -66,15 +69,15 @@ class FileSource(ABC):
         finally:
             await batches.aclose()
 
-    def _batches(self, settled: Positions) -> Iterator[Batch]:
+    def _batches(self, after: Progress) -> Iterator[Batch]:
         """The items that aren't settled, in the reading thread."""
-        for path in self.files.paths():
+        for path, limit in self.files.paths_of(after.snapshot):
             partition = partition_of(path)
-            yield from self._of_file(path, partition, Unsettled(settled.of(partition)))
+            yield from self._of_file(path, limit, Unsettled(after.settled.of(partition)))
 
     @abstractmethod
-    def _of_file(self, path: str, partition: str, unsettled: Unsettled) -> Iterator[Batch]:
-        """The items of one file that aren't settled, standing at (partition, number)."""
+    def _of_file(self, path: str, limit: int | None, unsettled: Unsettled) -> Iterator[Batch]:
+        """The items in the first ``limit`` bytes of a file that aren't settled, at (``partition_of(path)``, number)."""
 
     # A file doesn't ask what became of its lines.
 
@@ -91,15 +94,15 @@ class FileSource(ABC):
 class PathSource(FileSource):
     """The matching files themselves, as paths; nothing of them is read."""
 
-    def _batches(self, settled: Positions) -> Iterator[Batch]:
+    def _batches(self, after: Progress) -> Iterator[Batch]:
         """Many files in a batch: each is but one item."""
-        files = super()._batches(settled)
+        files = super()._batches(after)
         while batch := [item for one in islice(files, BATCH) for item in one]:
             yield batch
 
-    def _of_file(self, path: str, partition: str, unsettled: Unsettled) -> Iterator[Batch]:
+    def _of_file(self, path: str, limit: int | None, unsettled: Unsettled) -> Iterator[Batch]:
         if unsettled.wanted(0, 1):
-            yield [((partition, 0), Path(path))]
+            yield [((partition_of(path), 0), Path(path))]
 
 
 class Unsettled:

@@ -11,13 +11,15 @@ import msgspec
 from penstock.errors import DecodeError, PlanError
 from penstock.files.arrow import arrow, parquet_module
 from penstock.files.lines import MAX_LINE, BadLine, read_lines
-from penstock.files.paths import FileSet
-from penstock.files.source import BATCH, BATCH_BYTES, Batch, FileSource, Unsettled
+from penstock.files.paths import FileSet, partition_of
+from penstock.files.source import BATCH, BATCH_BYTES, Batch, FileSource, Unsettled, aside
 from penstock.files.text import BOM, checked_encoding
 from penstock.flow.codec import converter
 from penstock.flow.contract import Unreadable
 
 __all__ = ["CsvSource", "ParquetSource"]
+
+_OPEN = "unexpected end of data"  # what the csv module says of a row in which a quote is still open
 
 
 class CsvSource(FileSource):
@@ -31,10 +33,24 @@ class CsvSource(FileSource):
         self._encoding = checked_encoding(encoding)
         self._convert = converter(kind, text=True) if kind is not None else None
 
-    def _of_file(self, path: str, partition: str, unsettled: Unsettled) -> Iterator[Batch]:
+    async def changed(self, before: Any) -> str | None:
+        """As for all files; and a row that was open, by a quote, when its file ended is another one when that grew."""
+        return await super().changed(before) or await aside(self._continued, before)
+
+    def _continued(self, before: Any) -> str | None:
+        for path, size in self.files.grown(before):
+            rows = _rows(_TextLines(path, self._encoding, size), self._delimiter)
+            if any(isinstance(row, csv.Error) and str(row) == _OPEN for row in rows):
+                return (
+                    f"{partition_of(path)} ended within a quoted field and was appended to, which changes its last row"
+                )
+        return None
+
+    def _of_file(self, path: str, limit: int | None, unsettled: Unsettled) -> Iterator[Batch]:
+        partition = partition_of(path)
         if csv.field_size_limit() < MAX_LINE:  # the module's own limit is 128 KB, for the whole process
             csv.field_size_limit(MAX_LINE)
-        lines = _TextLines(path, self._encoding)
+        lines = _TextLines(path, self._encoding, limit)
         header: list[str] | None = None
         record = 0
         batch: Batch = []
@@ -89,8 +105,8 @@ class _TextLines:
     An iterator of its own, not a generator: what is raised for one bad line leaves the next ones readable.
     """
 
-    def __init__(self, path: str, encoding: str) -> None:
-        self._blocks = read_lines(path)
+    def __init__(self, path: str, encoding: str, limit: int | None) -> None:
+        self._blocks = read_lines(path, limit)
         self._lines: Iterator[bytes | BadLine] = iter(())
         self._encoding = encoding
         self._number = 0
@@ -160,7 +176,8 @@ class ParquetSource(FileSource):
         super().__init__(files)
         self._convert = converter(kind) if kind is not None else None
 
-    def _of_file(self, path: str, partition: str, unsettled: Unsettled) -> Iterator[Batch]:
+    def _of_file(self, path: str, limit: int | None, unsettled: Unsettled) -> Iterator[Batch]:
+        partition = partition_of(path)
         try:
             file = parquet_module().ParquetFile(path)
         except (arrow().ArrowException, OSError) as error:

@@ -10,7 +10,7 @@ import msgspec
 
 from penstock.errors import DecodeError, PlanError
 from penstock.files.lines import BadLine, read_lines
-from penstock.files.paths import FileSet
+from penstock.files.paths import FileSet, partition_of
 from penstock.files.source import BATCH, BATCH_BYTES, Batch, FileSource, Unsettled
 from penstock.flow.codec import decoder
 from penstock.flow.contract import Unreadable
@@ -33,13 +33,14 @@ class LineSource(FileSource):
         encoding = self._encoding
         return lambda line: str(line, encoding).removesuffix("\r")
 
-    def _of_file(self, path: str, partition: str, unsettled: Unsettled) -> Iterator[Batch]:
+    def _of_file(self, path: str, limit: int | None, unsettled: Unsettled) -> Iterator[Batch]:
+        partition = partition_of(path)
         decode = self._decoder()
         record = 0  # the number of the next record
         before = 0  # lines before these
         batch: Batch = []
         size = 0
-        for lines in read_lines(path):
+        for lines in read_lines(path, limit):
             if before == 0 and isinstance(lines[0], bytes):
                 lines[0] = lines[0].removeprefix(BOM)
             places = [at for at, line in enumerate(lines) if not _is_blank(line)] if self.skips_blank else None

@@ -207,7 +207,8 @@ class Progress:
     ``settled``: source positions. ``children``: for each source item whose ``flat_map(whole=False)`` was cut
     short, which of its outputs are committed, and in ``fates`` the best of their fates. ``taken``: items that passed
     each ``take`` stage, by the stage's number. ``counts``: delivered, filtered, skipped, dead so far. ``snapshot`` and
-    ``plan``: what the source and the plan were like. ``finished``: the source ended, and all that was in it is settled
+    ``plan``: what the source and the plan were like (for ``Source.read``: what the source was like when this run
+    began, None in a run that keeps no progress). ``finished``: the source ended, and all that was in it is settled
     (what a ``take`` left isn't). ``ids``: the index under ``id=``, in which case ``settled`` and ``children`` stay
     empty. ``states``: where the states of ``map_state`` are, if they are kept.
     """

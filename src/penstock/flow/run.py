@@ -341,6 +341,7 @@ class Run:
             self.notes.append(note)
             logger.warning("%s: %s", plan.name, note)
         has_all = progress.finished and snapshot is not None and snapshot == progress.snapshot
+        progress.snapshot = snapshot
         if has_all or (progress.taken and 0 in progress.left(stage_takes(plan)).values()):
             self.notes.append("nothing to do: an earlier run finished the job")
             return True

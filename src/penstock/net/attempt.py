@@ -12,9 +12,10 @@ from collections.abc import Callable
 from yarl import URL
 
 from penstock.errors import FetchError
+from penstock.flow.expand import Corrupt
 from penstock.flow.redact import hide_values, is_secret_header, redact_url, secrets_in_url
 from penstock.net.address import canonical_host
-from penstock.net.decoding import Corrupt, make_decoder
+from penstock.net.decoding import make_decoder
 from penstock.net.fetched import decode_text, is_text
 from penstock.net.request import Request
 from penstock.net.saving import Gathered, MemorySink, Sink

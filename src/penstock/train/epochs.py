@@ -103,7 +103,8 @@ class Epochs:
             return partition.removeprefix(f"{name}: ") if partition.startswith(f"{name}: ") else None
 
         settled = {key: kept for one, kept in after.settled.partitions.items() if (key := inner(one)) is not None}
-        known = Progress(settled=Positions(settled))
+        snapshot = after.snapshot["source"] if after.snapshot is not None else None
+        known = Progress(settled=Positions(settled), snapshot=snapshot)
         reading: Any = self.source.read(known)
         async with aclosing(reading):
             async for batch in reading:
