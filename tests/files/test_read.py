@@ -298,7 +298,7 @@ def test_parquet() -> None:
     ]
     found = items(read.parquet("a.parquet", type=Doc))
     assert isinstance(found[0], Unreadable)
-    assert str(found[0].error) == "a.parquet, line 1: Expected `str`, got `null` - at `$.text`"
+    assert str(found[0].error) == "a.parquet, row 1: Expected `str`, got `null` - at `$.text`"
     assert found[1:] == [Doc(n, "x") for n in range(1, 1000)]
 
 
@@ -339,7 +339,7 @@ def test_law_errors_damaged_parquet_data_fails_for_its_row_group_alone() -> None
     assert [index for (_, index), _ in found] == [*range(1001), *range(2000, 3000)]
     bad = found[1000][1]
     assert isinstance(bad, Unreadable)
-    assert str(bad.error).startswith("a.parquet, line 1001: the Parquet data is damaged")
+    assert str(bad.error).startswith("a.parquet, row 1001: the Parquet data is damaged")
     settled = Positions({"a.parquet": Intervals([(0, 500), (1000, 1001)])})
     assert [index for (_, index), _ in read_all(read.parquet("a.parquet"), settled)] == [
         *range(500, 1000),
@@ -352,7 +352,7 @@ def test_rows_of_parquet_that_python_has_no_value_for() -> None:
     pq.write_table(pa.table({"day": days}), "a.parquet")
     good, bad, last = items(read.parquet("a.parquet"))
     assert isinstance(bad, Unreadable)
-    assert str(bad.error).startswith("a.parquet, line 2: ")
+    assert str(bad.error).startswith("a.parquet, row 2: ")
     assert (good, last) == ({"day": dt.date(1970, 1, 2)}, {"day": dt.date(1970, 1, 4)})
 
 

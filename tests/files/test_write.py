@@ -947,7 +947,14 @@ def test_parquet_finds_structs_deep_down() -> None:
 
 
 def test_parquet_checks_its_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    for wrong in ({"rows": 0}, {"schema": {"a": int}}, {"schema": pa.schema([pa.field("a", pa.struct([]))])}):
+    for wrong in (
+        {"rows": 0},
+        {"rows": True},
+        {"max_age": -1},
+        {"max_age": "5"},
+        {"schema": {"a": int}},
+        {"schema": pa.schema([pa.field("a", pa.struct([]))])},
+    ):
         with pytest.raises(PlanError):
             write.parquet("out.parquet", **wrong)  # type: ignore[arg-type]  # the point
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -976,3 +983,10 @@ def test_foreign_parquet_directories() -> None:
         asyncio.run(run(sink_of("out.parquet"), [1]))
     asyncio.run(run(sink_of("out.parquet"), [2], JobId("job", "source", fresh=True)))
     assert rows_of("out.parquet") == [2]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.parquet", "out.db"])
+def test_columns_are_named_by_text(name: str) -> None:
+    said = rejected(sink_of(name), [{"n": 1}, {1: 2}, {"n": 3, None: 4}])
+    assert [index for index, _ in said] == [1, 2]
+    assert "columns are named by text, and its key 1 is none" in said[0][1]

@@ -50,7 +50,7 @@ async def ask(path: str, **options: Any) -> Any:
         ("/bad-chunks", "decode", True, "isn't "),
         ("/not-http", "decode", True, "isn't HTTP"),
         ("/endless-head", "decode", True, "isn't HTTP"),
-        ("/not-gzip", "decode", False, "is broken"),
+        ("/not-gzip", "decode", False, "is damaged"),
         ("/cut-gzip", "decode", False, "ends too early"),
         ("/odd-encoding", "decode", False, "'rot13', which wasn't asked for"),
         ("/endless", "too_big", False, "more than 1,000,000 bytes"),
@@ -287,6 +287,54 @@ def test_a_kept_connection_that_the_server_dropped_costs_no_attempt() -> None:
     assert [(page.status, page.attempts) for page in pages] == [(200, 1)] * 3
     assert (connections, requests) == (3, 6)
     assert (error.reason, error.retryable) == ("connect", False)
+
+
+@pytest.mark.parametrize("path", ["/status/404", "/status/500", "/not-gzip", "/store/5000"])
+def test_an_answer_that_is_refused_costs_no_connection(path: str) -> None:
+    """Its body came whole, so the connection is kept: and may be another request's before this one is told off."""
+
+    async def main() -> tuple[list[Any], int]:
+        async with Hostile() as server:
+            requests = [Request(server.url(path), json={"n": n}) for n in range(60)]
+            return await through(server, *requests, concurrency=4, max_bytes=1000), server.connections
+
+    found, connections = run_virtual(main())
+    reason = {"/not-gzip": "decode", "/store/5000": "too_big"}.get(path, "status")
+    assert {failed.reason for failed in found} == {reason}
+    assert connections <= (60 if path == "/store/5000" else 4)  # where the size alone is too much, nothing is read
+
+
+def test_a_name_server_that_does_not_answer_holds_up_nobody_for_ever() -> None:
+    """A hundred names hang: those looked up, and those that wait for their turn, end by connect=; nothing waits on."""
+    code = (
+        "import asyncio, threading, time\n"
+        "from penstock.net.fetch import fetch\n"
+        "from penstock.net.fetcher import Fetcher\n"
+        "from penstock.net.timing import Timeout\n"
+        "from penstock.errors import FetchError\n"
+        "gate = threading.Event()\n"
+        "asked = []\n"
+        "def lookup(host, port):\n"
+        "    asked.append(host)\n"
+        "    if host != 'known.test':\n"
+        "        gate.wait()\n"
+        "    return ['127.0.0.1']\n"
+        "async def one(fetcher, host):\n"
+        "    try:\n"
+        "        await fetcher(f'http://{host}:9/')\n"
+        "    except FetchError as error:\n"
+        "        return error.reason\n"
+        "async def main():\n"
+        "    fetcher = Fetcher(allow_private=True, lookup=lookup, timeout=Timeout(connect=0.2))\n"
+        "    found = await asyncio.gather(*(one(fetcher, f'h{n}.test') for n in range(100)))\n"
+        "    assert set(found) <= {'dns', 'timeout'}, found\n"
+        "    assert len(asked) == 64, len(asked)\n"
+        "    await fetcher.close()\n"
+        "asyncio.run(main())\n"
+        "print('over')\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.stdout, ran.returncode) == ("over\n", 0), ran.stderr
 
 
 # -- what is left behind -----------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.net.hostile import Hostile, attempt, redirect
+from tests.net.hostile import Hostile, Seen, attempt, redirect
 
 from penstock.errors import FetchError
 from penstock.net.fetch import fetch
@@ -81,6 +81,28 @@ def test_credentials_stay_behind_at_another_origin(where: str) -> None:
     assert second["accept"] == "text/html"
     assert not {"authorization", "cookie", "x-api-key", "api-key", "proxy-authorization"} & second.keys()
     assert "planted" not in page.url
+
+
+@pytest.mark.parametrize(
+    ("location", "target"),
+    [
+        ("/caf\u00e9".encode("latin-1"), "/caf%E9"),
+        ("/café".encode(), "/caf%C3%A9"),
+        (b"/a%7Eb?x=%41&y=%2f", "/a%7Eb?x=%41&y=%2f"),
+        (b"/a b\xff?x=\xff%20", "/a%20b%FF?x=%FF%20"),
+    ],
+)
+def test_a_redirect_leads_to_the_bytes_it_names(location: bytes, target: str) -> None:
+    async def go(server: Hostile, request: Seen, reader: Any, writer: Any) -> bool:
+        writer.write(b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " + location + b"\r\n\r\n")
+        return True
+
+    async def main() -> Any:
+        async with Hostile(routes={"go": go}) as server:
+            await one(server.url("/go"))
+            return server.seen[-1].target
+
+    assert run_virtual(main()) == target
 
 
 @pytest.mark.parametrize(

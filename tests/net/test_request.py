@@ -170,6 +170,8 @@ def test_a_secret_in_a_url_is_found_wherever_it_stands(user: str, name: str, aft
 def test_names_are_judged_by_their_words() -> None:
     assert not any(map(is_secret_header, ["Accept", "Content-Type", "Idempotency-Key", "If-None-Match", "Range"]))
     assert all(map(is_secret_header, ["authorization", "X-Goog-Api-Key", "X-Vault-Token", "x-amz-security-token"]))
+    assert all(map(is_secret_header, ["X-APIKey", "APIToken", "IDToken", "SASToken", "CSRFToken", "URLSignature"]))
+    assert all(map(is_secret_header, ["DBPassword", "APIKEY", "apikey", "passWord", "AccessKEY2"]))
 
 
 def test_what_a_server_echoes_is_hidden() -> None:

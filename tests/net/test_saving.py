@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.net.hostile import BOMB, Hostile, bombs
 
 from penstock.errors import FetchError, PlanError, WriteFailed
+from penstock.flow import disk
 from penstock.net import saving
 from penstock.net.fetch import fetch
 from penstock.net.fetcher import Fetcher
@@ -185,10 +186,10 @@ def test_a_target_that_can_t_be_written_is_that_item_s_error(tmp_path: Path) -> 
 
 def test_data_is_on_the_disk_before_the_file_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, bool]] = []
-    sync = saving.sync_file
+    sync = disk.sync_file
     target = tmp_path / "page"
     monkeypatch.setattr(
-        saving, "sync_file", lambda descriptor: (seen.append(("sync", target.exists())), sync(descriptor))
+        disk, "sync_file", lambda descriptor: (seen.append(("sync", target.exists())), sync(descriptor))
     )
     run_virtual(save("/ok", lambda source: target))
     assert seen == [("sync", False)]
@@ -202,6 +203,35 @@ def test_a_file_that_was_there_is_replaced_only_by_a_whole_one(tmp_path: Path) -
     assert target.read_text() == "before"
     run_virtual(save("/ok", lambda source: target))
     assert target.read_text() == "ok /ok"
+    assert os.listdir(tmp_path) == ["page"]
+
+
+def test_a_descriptor_is_closed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be another file's as soon as it is closed: also where the rename fails."""
+    closed_again: list[int] = []
+    close = os.close
+
+    def watch(descriptor: int) -> None:
+        try:
+            close(descriptor)
+        except OSError:
+            closed_again.append(descriptor)
+            raise
+
+    target = tmp_path / "page"
+    target.mkdir()
+
+    async def main() -> None:
+        sink = FileSink(target)
+        await sink.write(b"x")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "close", watch)
+            with pytest.raises(WriteFailed):
+                await sink.finish()
+            await sink.discard()
+
+    asyncio.run(main())
+    assert not closed_again
     assert os.listdir(tmp_path) == ["page"]
 
 
@@ -229,11 +259,15 @@ def test_other_requests_have_other_names() -> None:
         Request(url, "HEAD"),
         Request(url, json=1),
         Request(url, json=2),
+        Request(url, "GET", json=2),
+        Request(url, headers={"Range": "bytes=0-9"}),
+        Request(url, headers={"Range": "bytes=10-19"}),
         Path("/tmp/a"),
         Path("/var/a"),
     ]
-    assert len({file_name(request) for request in requests}) == 7
-    assert file_name(Request(url)) == file_name(Request(url, headers={"a": "b"}))
+    assert len({file_name(request) for request in requests}) == 10
+    same = [Request(url), Request(url, headers={"X-API-Key": "k", "Idempotency-Key": "7"})]
+    assert len({file_name(request) for request in same}) == 1
 
 
 @given(st.integers(-1, 40), st.lists(st.binary(min_size=1, max_size=20), max_size=8))

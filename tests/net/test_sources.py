@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,8 @@ def page(body: bytes, content_type: str = "", **headers: str) -> Fetched:
         (b"caf\xc3\xa9", "text/plain; charset=idna", "café"),
         (b"caf\xc3\xa9", "text/plain; charset=hex", "café"),
         (b"a\\u0041", "text/plain; charset=unicode_escape", "a\\u0041"),
+        (b"a\\u0041", "text/plain; charset=raw-unicode-escape", "a\\u0041"),
+        (b"+AGE-", "text/plain; charset=U7", "+AGE-"),
     ],
 )
 def test_text_is_decoded_as_it_says(body: bytes, content_type: str, text: str) -> None:
@@ -321,6 +324,62 @@ def test_a_page_is_a_row_of_what_can_be_shown() -> None:
     assert repr(saved) == "Fetched(200, 'u', in /tmp/x)"
     assert text == page(b"hello", "text/plain")
     assert text != binary
+
+
+def test_heads_that_are_not_utf_8_are_read_as_latin_1(tmp_path: Path) -> None:
+    async def odd(server: Hostile, request: Seen, reader: Any, writer: Any) -> bool:
+        status = b"200 Gefunden" if request.target == "/odd/ok" else b"404 Pas trouv\xe9"
+        writer.write(b"HTTP/1.1 " + status + b"\r\nX-A: caf\xe9\r\nX-B: caf\xc3\xa9\r\nContent-Length: 0\r\n\r\n")
+        return True
+
+    async def main() -> None:
+        async with Hostile(routes={"odd": odd}) as server:
+            urls = [server.url("/odd/ok"), server.url("/odd/no")]
+            await fetch(urls, allow_private=True, on_error="dead_letter").to(tmp_path / "out.jsonl").run()
+
+    run_virtual(main())
+    (row,) = (json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (row["headers"]["x-a"], row["headers"]["x-b"]) == ("café", "café")
+    (letter,) = ps.read.dead(tmp_path / "out.jsonl").collect_sync()
+    assert "404 Pas trouvé" in letter.error
+
+
+@pytest.mark.parametrize(
+    ("target", "host"),
+    [
+        ("/a%7Eb?x=%41&y=%2f&z=a+b", "127.0.0.1"),
+        ("/it's(so)!*@:;,=$&[]", "127.0.0.1"),
+        ("/upper?A=%aA", "LOCALHOST"),
+    ],
+)
+def test_a_url_goes_out_as_it_was_written(target: str, host: str) -> None:
+    async def main() -> Any:
+        async with Hostile() as server:
+            await fetch([server.url(target, host=host)], allow_private=True).collect()
+            return server.seen[-1]
+
+    seen = run_virtual(main())
+    assert (seen.target, seen.host.partition(":")[0]) == (target, host.lower())
+
+
+def test_the_user_in_a_plain_url_is_sent_as_authorization() -> None:
+    async def main() -> Any:
+        async with Hostile() as server:
+            urls = [server.url("/a").replace("://", "://me:p%40w@"), server.url("/b@c")]
+            await fetch(urls, allow_private=True, concurrency=1).collect()
+            return [request.headers.get("authorization") for request in server.seen]
+
+    assert run_virtual(main()) == ["Basic bWU6cEB3", None]
+
+
+def test_a_file_is_read_to_its_end_in_short_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network file systems give less at once than is there."""
+    path = tmp_path / "a"
+    path.write_bytes(bytes(range(256)) * 20)
+    read = os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, size: read(descriptor, min(size, 100)))
+    (found,) = run_virtual(fetch([path]).collect())
+    assert found.body == bytes(range(256)) * 20
 
 
 def test_headers_that_come_twice_are_joined() -> None:

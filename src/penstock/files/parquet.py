@@ -11,6 +11,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any
 
 from penstock.errors import CannotEncode, ForeignOutput, OutputRejected, PlanError, ResumeMismatch
@@ -19,7 +20,7 @@ from penstock.files.columns import columns_of, infer, refusal, retyped
 from penstock.files.rows import each_row
 from penstock.flow.contract import Delta, Origin
 from penstock.flow.disk import make_directory, sync_directory, sync_file, write_whole
-from penstock.flow.journal import Journal
+from penstock.flow.journal import Journal, remove_journal
 from penstock.flow.output import START_OVER, Output
 from penstock.flow.progress import Positions
 
@@ -39,8 +40,10 @@ class ParquetOutput(Output):
     ) -> None:
         pa = arrow()
         super().__init__(path)
-        if not isinstance(rows, int) or rows < 1:
+        if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
             raise PlanError(f"write.parquet(rows={rows!r})", "Give the most rows of a part, at least 1")
+        if isinstance(max_age, bool) or not isinstance(max_age, (int, float)) or not 0 <= max_age < inf:
+            raise PlanError(f"write.parquet(max_age={max_age!r})", "Give the seconds between commits, from 0")
         if schema is not None and not isinstance(schema, pa.Schema):
             raise PlanError(f"write.parquet(schema={schema!r:.60})", "Give a pyarrow.Schema")
         if schema is not None and (reason := refusal(schema)):
@@ -110,9 +113,7 @@ class ParquetOutput(Output):
         self._parts = self._written = 0
         is_file = os.path.lexists(self.real) and not os.path.isdir(self.real)
         if fresh:
-            for path in (f"{self.journal}-wal", f"{self.journal}-shm", self.journal):
-                if os.path.lexists(path):
-                    os.unlink(path)
+            remove_journal(self.journal)
             if is_file:
                 os.unlink(self.real)
             elif os.path.isdir(self.real):

@@ -26,12 +26,19 @@ def each_row(
     rejected: list[tuple[int, Exception]] = []
     for index, (_, values) in enumerate(outputs):
         try:
-            made.extend([make(row_of(value, target)) for value in values])
+            made.extend([make(_named(row_of(value, target), target)) for value in values])
         except CannotEncode as error:
             rejected.append((index, error))
     if rejected:
         raise OutputRejected(rejected)
     return made
+
+
+def _named(row: Mapping[Any, Any], target: str) -> Mapping[str, Any]:
+    for name in row:
+        if not isinstance(name, str):
+            raise CannotEncode(target, "row", f"columns are named by text, and its key {name!r} is none")
+    return row
 
 
 def fits(row: Mapping[str, Any], columns: Sequence[str], target: str) -> None:

@@ -20,7 +20,7 @@ from penstock.errors import ForeignOutput
 from penstock.files.compressed import is_compressed, zstandard
 from penstock.flow.contract import Delta, Origin
 from penstock.flow.disk import sync_directory, sync_file, write_whole
-from penstock.flow.journal import Journal
+from penstock.flow.journal import Journal, remove_journal
 from penstock.flow.output import ELSEWHERE, START_OVER, Output
 
 __all__ = ["StreamOutput"]
@@ -79,9 +79,7 @@ class StreamOutput(Output):
         if found is not None and not stat.S_ISREG(found.st_mode):
             raise ForeignOutput(self.path, "is not a regular file", ELSEWHERE)
         if fresh:
-            for path in (f"{self.journal}-wal", f"{self.journal}-shm", self.journal):
-                if os.path.lexists(path):
-                    os.unlink(path)
+            remove_journal(self.journal)
             if found is not None:
                 os.truncate(self.real, 0)
         elif found is not None and found.st_size and not os.path.exists(self.journal):

@@ -208,13 +208,13 @@ class ParquetSource(FileSource):
 
     def _item(self, partition: str, record: int, row: dict[str, Any] | Exception) -> Any:
         if isinstance(row, Exception):
-            return Unreadable(partition, DecodeError(partition, record + 1, str(row)))
+            return Unreadable(partition, DecodeError(partition, record + 1, str(row), "row"))
         if self._convert is None:
             return row
         try:
             return self._convert(row)
         except (msgspec.ValidationError, ValueError, TypeError) as error:
-            return Unreadable(row, DecodeError(partition, record + 1, str(error)))
+            return Unreadable(row, DecodeError(partition, record + 1, str(error), "row"))
 
 
 def _rows_of(table: Any) -> list[dict[str, Any] | Exception]:
@@ -234,4 +234,6 @@ def _damaged(partition: str, record: int, unsettled: Unsettled, error: Exception
     if isinstance(error, OSError) and error.errno is not None:  # codecs raise theirs without a number
         raise error
     if unsettled.wanted(record, record + 1):
-        yield [((partition, record), Unreadable(partition, DecodeError(partition, record + 1, f"{what} ({error})")))]
+        yield [
+            ((partition, record), Unreadable(partition, DecodeError(partition, record + 1, f"{what} ({error})", "row")))
+        ]

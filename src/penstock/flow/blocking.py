@@ -146,14 +146,17 @@ class Desk:
 
         Cancelling leaves the thread to finish what was called, and then end.
         """
+        self.dismiss()
+        if self._thread is not None:
+            await self._ending.awaited()
+            self._thread.join()  # telling was its last act
+
+    def dismiss(self) -> None:
+        """Let the thread end after what was called, and don't wait for it."""
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._calls.put(None)
-            thread = self._thread
-        if thread is not None:
-            await self._ending.awaited()
-            thread.join()  # telling was its last act
 
 
 class _Supply(Generic[T]):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from penstock.errors import PenstockError, WriteFailed
 
-__all__ = ["make_directory", "sync_directory", "sync_file", "write_whole", "writing"]
+__all__ = ["make_directory", "put_in_place", "sync_directory", "sync_file", "write_whole", "writing"]
 
 
 @contextmanager
@@ -40,6 +40,16 @@ def sync_file(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # fsync there leaves the data in the drive's cache
     else:
         os.fdatasync(descriptor)
+
+
+def put_in_place(part: str, path: str) -> None:
+    """Rename a finished file to ``path``, when its data is on the disk. (The name itself isn't yet.)"""
+    descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        sync_file(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(part, path)
 
 
 def sync_directory(path: str) -> None:

@@ -25,7 +25,7 @@ from penstock.flow.ledger import DEAD
 from penstock.flow.progress import Intervals, Known, Position, Positions, Progress
 from penstock.flow.text import printable
 
-__all__ = ["LETTERS", "Journal", "journal_path", "letters_identity"]
+__all__ = ["LETTERS", "Journal", "journal_path", "letters_identity", "remove_journal"]
 
 LETTERS = "dead"
 """The partition of letters read as items: a letter stands at ("dead", its number)."""
@@ -42,6 +42,13 @@ def journal_path(output: str) -> str:
     '/data/out.jsonl.journal'
     """
     return f"{os.path.realpath(output)}.journal"
+
+
+def remove_journal(path: str) -> None:
+    """Remove a journal with the files that SQLite keeps beside it: those first, so that they never stand alone."""
+    for name in (f"{path}-wal", f"{path}-shm", path):
+        if os.path.lexists(name):
+            os.unlink(name)
 
 
 def letters_identity(output: str, table: str | None = None) -> str:

@@ -23,7 +23,7 @@ __all__ = [
 
 HIDDEN = "***"
 
-_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _ENDINGS = ("key", "token", "secret", "signature", "password", "passwd", "credential", "credentials", "passphrase")
 _WHOLE = frozenset({"sig", "auth", "pwd", "pass", "jwt", "sid", "session", "authorization"})
 _SECRET_HEADERS = frozenset({"authorization", "proxy-authorization", "cookie", "cookie2", "set-cookie"})
@@ -34,10 +34,11 @@ _LEAST_SECRET = 4  # shorter values would be found everywhere in a text
 def is_secret_field(name: str) -> bool:
     """Whether a query field (or a header) of this name holds a credential.
 
-    >>> [is_secret_field(name) for name in ("apiKey", "X-Amz-Signature", "sig", "keyword", "page")]
-    [True, True, True, False, False]
+    >>> [is_secret_field(name) for name in ("apiKey", "APIKey", "X-Amz-Signature", "sig", "keyword", "page")]
+    [True, True, True, True, False, False]
     """
-    return any(word in _WHOLE or word.endswith(_ENDINGS) for word in map(str.lower, _WORD.findall(name)))
+    words = _WORD.findall(name)
+    return any(word in _WHOLE or word.endswith(_ENDINGS) for word in map(str.lower, [*words, "".join(words)]))
 
 
 def is_secret_header(name: str) -> bool:

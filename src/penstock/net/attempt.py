@@ -7,6 +7,7 @@ but success, or in a sink, which is discarded then. So an attempt may be cancell
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 
 from yarl import URL
@@ -17,19 +18,20 @@ from penstock.flow.redact import hide_values, is_secret_header, redact_url, secr
 from penstock.net.address import canonical_host
 from penstock.net.decoding import make_decoder
 from penstock.net.fetched import decode_text, is_text
-from penstock.net.request import Request
+from penstock.net.request import Request, login_of
 from penstock.net.saving import Gathered, MemorySink, Sink
 from penstock.net.timing import Watch
 from penstock.net.transport import Answer, Broken, Outgoing, Read, Transport
 
-__all__ = ["MOST_REDIRECTS", "Attempt"]
+__all__ = ["Attempt"]
 
-MOST_REDIRECTS = 10
+_MOST_REDIRECTS = 10
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 _EXCERPT = 4096
 _SHOWN = 200
+_WHOLE = re.compile(r"(?:[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=]|%[0-9A-Fa-f]{2})*")
 _NO_HEADERS: dict[str, str] = {}
 
 
@@ -67,7 +69,8 @@ class Attempt:
             self.listed = request
             self.idempotent = True
             url = self.url = _parsed(request)
-            self.outgoing = Outgoing("GET", url, _NO_HEADERS, None)
+            login = login_of(request) if "@" in request else None
+            self.outgoing = Outgoing("GET", url, _NO_HEADERS if login is None else {"Authorization": login}, None)
         else:
             self.listed = request.url
             self.idempotent = request.idempotent
@@ -207,17 +210,17 @@ class Attempt:
     def _redirect(self, location: str) -> None:
         """Turn to where an answer redirects."""
         self.hops += 1
-        if self.hops > MOST_REDIRECTS:
+        if self.hops > _MOST_REDIRECTS:
             raise FetchError(
                 redact_url(self.listed),
                 "status",
-                f"more than {MOST_REDIRECTS} redirects, the last to {redact_url(location)[:_SHOWN]}",
+                f"more than {_MOST_REDIRECTS} redirects, the last to {redact_url(location)[:_SHOWN]}",
                 self.status,
                 self.headers,
             )
         before = self.outgoing
         try:
-            target = self.url.join(URL(location))
+            target = self.url.join(_as_written(location))
             found = target.scheme in ("http", "https") and bool(target.raw_host) and target.port is not None
         except (ValueError, UnicodeError):
             raise Broken(
@@ -243,7 +246,7 @@ class Attempt:
 def _parsed(text: str) -> URL:
     """The URL as it is sent: without its user, its fragment, and odd forms of an address."""
     try:
-        url = URL(text)
+        url = _as_written(text)
     except (ValueError, UnicodeError) as error:
         raise FetchError(redact_url(text), "dns", f"it can't be read as a URL ({error})") from None
     if "@" in text and url.raw_user is not None:
@@ -251,7 +254,15 @@ def _parsed(text: str) -> URL:
     return _canonical(url)
 
 
+def _as_written(text: str) -> URL:
+    """The URL with the escapes it has, where it is one by RFC 3986: servers may sign it byte for byte."""
+    url = URL(text, encoded=_WHOLE.fullmatch(text) is not None and "/." not in text)
+    _ = url.port  # raises ValueError where it is none
+    return url
+
+
 def _canonical(url: URL) -> URL:
+    """With the usual form of its host."""
     host = url.raw_host or ""
-    usual = canonical_host(host) if host[:1].isdigit() else None
-    return url if usual is None else url.with_host(usual)
+    usual = canonical_host(host) if host[:1].isdigit() else host.lower()
+    return url if usual is None or usual == host else url.with_host(usual)

@@ -75,7 +75,7 @@ def fetch(
 
     ``sources``: an iterable or a flow of URLs, ``Request`` objects, paths and ``file://`` URLs, or of any rows with
     ``request=``, a function that makes a row's ``Request`` or URL. It is called at each attempt, so that signatures are
-    fresh; what it raises is that item's error.
+    fresh; what it raises is that item's error. Rates by host ask it too, so let it do nothing but make the request.
 
     - ``limit``, ``concurrency``: see ``Flow``; ``"auto"`` is found out for each host.
     - ``timeout``: seconds for an attempt, or a ``Timeout``. ``retry``: further attempts (4), or a ``Retry``. Only what
@@ -88,8 +88,9 @@ def fetch(
     - ``on_error``, ``max_failures``, ``ordered``, ``key``, ``name``: see ``Flow``.
 
     A status of 400 or more is an error. Failures are ``FetchError``, with a ``reason`` of ``dns connect tls timeout
-    throttled status decode too_big blocked``. Twenty refusals (401, 403, 407) in a row from one host, while
-    nothing else succeeds, stop the run. Proxies are those of the environment. Raises PlanError for what can't be run.
+    throttled status decode too_big blocked``; and ``WriteFailed``, for a file of ``save_to=`` that can't be written.
+    Twenty refusals (401, 403, 407) in a row from one host, while nothing else succeeds, stop the run. Proxies are those
+    of the environment. Raises PlanError for what can't be run.
 
     >>> import pathlib, tempfile, penstock as ps
     >>> with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ __all__ = ["Fetched", "decode_text", "is_text"]
 
 _CHARSET = re.compile(r"""charset\s*=\s*["']?([\w.:-]+)""", re.IGNORECASE)
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
-_NO_CHARSETS = frozenset({"idna", "punycode", "undefined", "unicode-escape", "unicode_escape", "raw_unicode_escape"})
+_NO_CHARSETS = frozenset({"idna", "punycode", "undefined", "unicode-escape", "raw-unicode-escape", "utf-7"})
 _TEXT = re.compile(r"text/|application/(.*\+)?(json|xml|yaml|javascript|x-javascript|x-ndjson|x-www-form-urlencoded)\b")
 _BYTE = re.compile(r"\(byte (\d+)\)")
 
@@ -28,7 +28,7 @@ class Fetched(Row):
     ``source``: the row, URL or Request itself. ``url``: where the answer came from, after redirects. ``status``.
     ``headers``: a dict by lower-case name; a header that came more than once is joined by ``", "``. ``body``: bytes,
     decompressed; empty if it was saved, and then ``path`` names the file. ``elapsed``: seconds of the attempt that
-    succeeded. ``attempts``: how many there were.
+    succeeded. ``attempts``: how many there were (where one object is listed twice and in flight twice, those of both).
 
     As a mapping it is the row that outputs write: these fields, with the body as ``text`` where it is text.
     """
@@ -113,14 +113,16 @@ class Fetched(Row):
 def decode_text(body: bytes, content_type: str) -> str:
     """Bytes as text, by the charset of the content type, else the byte order mark, else UTF-8."""
     named = _CHARSET.search(content_type)
-    if named is not None and named[1].lower() not in _NO_CHARSETS:
+    if named is not None:
         try:
-            return body.decode(named[1], "replace").removeprefix("\ufeff")
+            charset = codecs.lookup(named[1])
+            if charset.name not in _NO_CHARSETS:
+                return body.decode(named[1], "replace").removeprefix("\ufeff")
         except (LookupError, UnicodeError):  # a charset that nobody knows says nothing
             pass
-    for mark, charset in _MARKS:
+    for mark, usual in _MARKS:
         if body.startswith(mark):
-            return body[len(mark) :].decode(charset, "replace")
+            return body[len(mark) :].decode(usual, "replace")
     return body.decode("utf-8", "replace")
 
 

@@ -20,14 +20,15 @@ from penstock.net.address import Guard
 from penstock.net.fetched import Fetched
 from penstock.net.refusals import REFUSED, Refusals
 from penstock.net.repeating import as_fetch_retry
-from penstock.net.request import Request, check_url
+from penstock.net.request import Request, check_url, has_blank, is_http
 from penstock.net.saving import FileSink, MemorySink, SaveTo, Sink, as_saver
 from penstock.net.timing import Timeout
 from penstock.place.loop import clock_of
 
 if TYPE_CHECKING:
     from penstock.net.client import Client
-    from penstock.net.http import HttpTransport, Lookup
+    from penstock.net.http import HttpTransport
+    from penstock.net.names import Lookup
 
 __all__ = ["MAX_BYTES", "Fetcher", "Rows", "site_of"]
 
@@ -37,9 +38,7 @@ Rows = Callable[[Any], Request | str]
 MAX_BYTES = 64 * 1024 * 1024
 
 _MOST_COUNTED = 65_536
-_HTTP = ("http://", "https://")
 _AUTHORITY = re.compile(r"https?://(?:[^/?#]*@)?([^/?#]*)", re.IGNORECASE)
-_IN_URL = re.compile(r"[\x00-\x20\x7f]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # one letter alone is a drive
 
 
@@ -111,11 +110,11 @@ class Fetcher:
                 raise PlanError(
                     f"request= gave a {type(asked).__name__} for an item", "Let it return a Request or a URL"
                 )
-            if isinstance(asked, str) and not _is_http(asked):
+            if isinstance(asked, str) and not is_http(asked):
                 check_url(asked)
         if isinstance(asked, str):  # first, since most are; asking whether something is a Request is dear
-            if _is_http(asked):
-                if _IN_URL.search(asked):
+            if is_http(asked):
+                if has_blank(asked):
                     check_url(asked)
                 return asked
             return _local_path(asked)
@@ -157,7 +156,7 @@ class Fetcher:
         from penstock.net.client import Client
         from penstock.net.http import HttpTransport
 
-        self._transport = HttpTransport(self._guard, self._lookup)
+        self._transport = HttpTransport(self._guard, self._lookup, self._timeout.connect)
         clock = clock_of(asyncio.get_running_loop())
         self._client = Client(self._transport, self._timeout, self._max_bytes, clock)
         return self._client
@@ -202,10 +201,6 @@ class Fetcher:
             self._client.close()
         if self._transport is not None:
             await self._transport.close()
-
-
-def _is_http(text: str) -> bool:
-    return text.startswith(_HTTP) or text[:8].lower().startswith(_HTTP)
 
 
 def _local_path(text: str) -> Path:

@@ -14,34 +14,31 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import string
+from collections.abc import AsyncIterator, Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
+from urllib.parse import quote_from_bytes
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 import penstock
 from penstock.net.address import Guard
 from penstock.net.decoding import accepted_encodings
+from penstock.net.names import Lookup, Resolver
 from penstock.net.proxy import Proxies
 from penstock.net.request import basic_login
 from penstock.net.timing import Watch
 from penstock.net.transport import Answer, Broken, Outgoing, Receive
 
-__all__ = ["HttpTransport", "Lookup"]
+__all__ = ["HttpTransport"]
 
 T = TypeVar("T")
-
-Lookup = Callable[[str, int], Sequence[str]]
-"""A name and a port to addresses; called in a thread. Raises OSError."""
 
 _MOST_KEPT = 256
 """Hosts whose connections are kept open while they idle: beyond, a crawl over many hosts would run out of files."""
 
-_LOOKUPS = 16  # threads that wait for name servers, apart from those that write files
 _NAMES_KEPT = 60  # seconds that an address is remembered
 _PIECE = 65_536
 _NO_BODY = frozenset({204, 304})
@@ -93,49 +90,16 @@ class _Connector(aiohttp.TCPConnector):
         super()._release(key, protocol, should_close=should_close or full)
 
 
-class _Resolver(AbstractResolver):
-    """Looks names up in threads of its own, so that slow name servers don't hold up what others do in threads."""
-
-    def __init__(self, lookup: Lookup | None) -> None:
-        self._lookup = lookup
-        self._threads: ThreadPoolExecutor | None = None
-
-    async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_INET) -> list[ResolveResult]:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_LOOKUPS, "penstock-names")
-        found = await asyncio.get_running_loop().run_in_executor(self._threads, self._look, host, port, family)
-        if not found:
-            raise socket.gaierror(socket.EAI_NONAME, "it has no address")
-        return [
-            ResolveResult(hostname=host, host=address, port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
-            for kind, address in found
-        ]
-
-    def _look(self, host: str, port: int, family: int) -> list[tuple[int, str]]:
-        if self._lookup is not None:
-            return [
-                (socket.AF_INET6 if ":" in address else socket.AF_INET, address) for address in self._lookup(host, port)
-            ]
-        found = []
-        for kind, _, _, _, address in socket.getaddrinfo(host, port, family=family, type=socket.SOCK_STREAM):
-            text = str(address[0])
-            if kind == socket.AF_INET6 and len(address) > 3 and address[3] and "%" not in text:
-                text = f"{text}%{address[3]}"
-            found.append((int(kind), text))
-        return found
-
-    async def close(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-
-
 class HttpTransport:
-    """Exchanges over sockets. Made inside the loop that uses it, and closed there."""
+    """Exchanges over sockets. Made inside the loop that uses it, and closed there.
 
-    def __init__(self, guard: Guard, lookup: Lookup | None = None) -> None:
+    ``patience``: seconds that a name may wait to be looked up, where many are.
+    """
+
+    def __init__(self, guard: Guard, lookup: Lookup | None = None, patience: float | None = None) -> None:
         self._guard = guard
         self._proxies = Proxies()
-        self._resolver = _Resolver(lookup)
+        self._resolver = Resolver(lookup, patience)
         self._no_bounds = aiohttp.ClientTimeout()
         self._headers = {
             "User-Agent": f"penstock/{penstock.__version__}",
@@ -195,11 +159,13 @@ class HttpTransport:
         passage.answered = True
         watch.rest()
         content = response.content
-        whole = False
         try:
             headers = {name.lower(): value for name, value in response.headers.items()}
             if len(headers) != len(response.headers):
                 headers = {name: ", ".join(response.headers.getall(name)) for name in headers}
+            for name, value in headers.items():
+                if not value.isascii():
+                    headers[name] = _readable(name, value)
             connection = response.connection
             protocol = connection.protocol if connection is not None else None
 
@@ -220,12 +186,11 @@ class HttpTransport:
 
             status = response.status
             bodiless = outgoing.method == "HEAD" or status in _NO_BODY
-            result = await receive(Answer(status, response.reason or "", headers, bodiless), read)
-            whole = content.is_eof()
-            return result
+            phrase = _readable("", response.reason or "")
+            return await receive(Answer(status, phrase, headers, bodiless), read)
         finally:
-            if whole:
-                response.release()
+            if content.is_eof():
+                response.release()  # the connection may serve another request already: whatever came of this one
             else:
                 passage.abort()
                 response.close()
@@ -281,6 +246,15 @@ async def _pieces(body: bytes, passage: _Passage) -> AsyncIterator[bytes]:
         yield body[start : start + _PIECE]
         if not passage.answered:
             passage.watch.expect_bytes()
+
+
+def _readable(name: str, value: str) -> str:
+    """A header's value as text: those bytes that aren't UTF-8 as Latin-1, or quoted where they are part of a URL."""
+    data = value.encode("utf-8", "surrogateescape")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return quote_from_bytes(data, string.punctuation) if name == "location" else data.decode("latin-1")
 
 
 def _words(error: BaseException) -> str:

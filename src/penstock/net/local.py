@@ -64,7 +64,11 @@ async def read_file(path: Path, sink: Sink, max_bytes: int) -> LocalFile:
         return more()
 
     def more() -> bytes:
-        return os.read(descriptor, _PIECE)
+        """A piece; a shorter one is the last. One read may give less than there is."""
+        piece = bytearray()
+        while len(piece) < _PIECE and (data := os.read(descriptor, _PIECE - len(piece))):
+            piece += data
+        return bytes(piece)
 
     size = 0
     try:

@@ -14,14 +14,14 @@ from penstock.flow.codec import encode_json
 from penstock.flow.redact import HIDDEN, redact_headers, redact_url
 from penstock.net.row import Row
 
-__all__ = ["IDEMPOTENT", "Request", "basic_login", "check_url"]
+__all__ = ["Request", "basic_login", "check_url", "has_blank", "is_http", "login_of"]
 
-IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
-"""Methods that do no harm when they are sent twice."""
-
+_IDEMPOTENT = frozenset({"GET", "HEAD", "OPTIONS", "PUT", "DELETE", "TRACE"})
+_HTTP = ("http://", "https://")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FORBIDDEN = re.compile(r"[\r\n\0]")
-_IN_URL = re.compile(r"[\x00-\x20\x7f]")
+_BLANK = re.compile(r"[\x00-\x20\x7f]")
+_LOGIN = re.compile(r"[^/?#]*//([^/?#\\]*)@")
 _FRAMING = ("content-length", "transfer-encoding", "connection", "host")
 _EMPTY: Mapping[str, str] = MappingProxyType({})
 
@@ -81,7 +81,7 @@ class Request(Row):
         named = _checked(headers)
         method = method.upper()
         if idempotent is None:
-            idempotent = method in IDEMPOTENT or any(name.lower() == "idempotency-key" for name in named)
+            idempotent = method in _IDEMPOTENT or any(name.lower() == "idempotency-key" for name in named)
         set_ = object.__setattr__
         set_(self, "url", url)
         set_(self, "method", method)
@@ -124,11 +124,9 @@ class Request(Row):
                 sent["Content-Type"] = "application/x-www-form-urlencoded"
             elif isinstance(self.data, str):
                 sent["Content-Type"] = "text/plain; charset=utf-8"
-        authority = urlsplit(self.url).netloc
-        user, at, _ = authority.rpartition("@")
-        if at and "authorization" not in names:
-            name, _, password = user.partition(":")
-            sent["Authorization"] = basic_login(unquote(name), unquote(password))
+        login = login_of(self.url)
+        if login is not None and "authorization" not in names:
+            sent["Authorization"] = login
         return sent
 
     @property
@@ -192,19 +190,37 @@ def _restored(url: str, method: str, headers: dict[str, str], json: Any, data: A
     return Request(url, method, headers=headers, json=json, data=data, idempotent=idempotent)
 
 
+def login_of(url: str) -> str | None:
+    """The Authorization header that the user and password in a URL make; None if there are none."""
+    found = _LOGIN.match(url)
+    if found is None:
+        return None
+    name, _, password = found[1].partition(":")
+    return basic_login(unquote(name), unquote(password))
+
+
 def basic_login(user: str, password: str) -> str:
     """The value of an Authorization header that a user and a password make."""
     return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+
+
+def is_http(text: str) -> bool:
+    """Whether a text begins as an http or https URL."""
+    return text.startswith(_HTTP) or text[:8].lower().startswith(_HTTP)
+
+
+def has_blank(url: str) -> bool:
+    """Whether a URL holds a blank or a control character."""
+    return _BLANK.search(url) is not None
 
 
 def check_url(url: Any) -> None:
     """Refuse what is no http or https URL with a host. Raises PlanError, which shows no credentials."""
     if not isinstance(url, str):
         raise PlanError(f"a URL was given as {type(url).__name__}", "Give it as text: https://…")
-    scheme = url[:8].lower()
-    if not scheme.startswith(("http://", "https://")):
+    if not is_http(url):
         raise PlanError(f"{redact_url(url)[:200]!r} is no http or https URL", "Give it in full: https://…")
-    if _IN_URL.search(url):
+    if has_blank(url):
         raise PlanError(
             f"the URL {redact_url(url)[:200]!r} contains a blank or a control character",
             "Quote it: urllib.parse.quote makes a blank %20",

@@ -16,6 +16,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +25,8 @@ from uuid import uuid4
 
 from penstock.errors import PlanError, WriteFailed
 from penstock.flow.commit import uninterrupted
-from penstock.flow.disk import sync_file, write_whole
+from penstock.flow.disk import put_in_place, write_whole
+from penstock.flow.redact import is_secret_header
 from penstock.net.request import Request
 
 __all__ = ["FileSink", "Gathered", "MemorySink", "SaveTo", "Sink", "as_saver", "file_name"]
@@ -113,6 +115,7 @@ class FileSink:
         self._target = target
         self._part = target.with_name(f".{target.name[:100]}.{uuid4().hex[:12]}.part")
         self._descriptor = -1
+        self._is_there = False  # the part, on the disk
         self._held: list[bytes] = []
         self._size = 0
 
@@ -128,7 +131,7 @@ class FileSink:
 
     async def discard(self) -> None:
         self._held.clear()
-        if self._descriptor >= 0:
+        if self._is_there:
             await self._in_thread(self._discard)
 
     async def _in_thread(self, work: Callable[[], None]) -> None:
@@ -144,6 +147,7 @@ class FileSink:
         if self._descriptor < 0:
             self._part.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._is_there = True
         for data in self._held:
             write_whole(self._descriptor, data)
         self._held.clear()
@@ -152,23 +156,25 @@ class FileSink:
     def _finish(self) -> None:
         try:
             self._write()
-            sync_file(self._descriptor)
-            os.close(self._descriptor)
-            os.replace(self._part, self._target)
-            self._descriptor = -1
+            self._close()
+            put_in_place(str(self._part), str(self._target))
+            self._is_there = False
         except BaseException:
             self._discard()
             raise
 
+    def _close(self) -> None:
+        """Let go of the number first: once closed, it may be another file's at any moment."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
     def _discard(self) -> None:
-        if self._descriptor < 0:
-            return
-        try:
-            os.close(self._descriptor)
-        except OSError:  # closed already: the rename was what failed
-            pass
-        self._descriptor = -1
-        self._part.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._close()
+        if self._is_there:
+            self._is_there = False
+            self._part.unlink(missing_ok=True)
 
 
 def as_saver(save_to: Any) -> Callable[[Any, Request | Path], Path] | None:
@@ -194,6 +200,8 @@ def as_saver(save_to: Any) -> Callable[[Any, Request | Path], Path] | None:
 def file_name(request: Request | Path) -> str:
     """A name for what a request brings: readable, safe in any directory, and the same for the same request.
 
+    Credentials don't count, nor does an ``Idempotency-Key``.
+
     >>> file_name(Request("https://example.com/a/../../etc/passwd?x=1"))
     'passwd-e488f310ef5e'
     """
@@ -203,8 +211,12 @@ def file_name(request: Request | Path) -> str:
         parts = urlsplit(request.url)
         last, identity = unquote(parts.path).rstrip("/").rpartition("/")[2] or (parts.hostname or ""), request.url
     digest = hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=6)
-    if isinstance(request, Request) and request.method != "GET":
-        digest.update(request.method.encode() + b"\0" + (request.body() or b""))
+    if isinstance(request, Request):
+        if request.method != "GET" or request.body():
+            digest.update(request.method.encode() + b"\0" + (request.body() or b""))
+        for name, value in sorted((name.lower(), value) for name, value in request.headers.items()):
+            if name != "idempotency-key" and not is_secret_header(name):
+                digest.update(f"\0{name}: {value}".encode())
     safe = _UNSAFE.sub("-", last).strip(".-")
     stem, dot, suffix = safe.rpartition(".")
     if not dot or len(suffix) > _LONGEST_SUFFIX:

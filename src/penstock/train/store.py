@@ -22,7 +22,7 @@ import numpy as np
 from penstock.errors import CheckpointRejected, MissingDependency
 from penstock.flow.contract import JobId
 from penstock.flow.database import Tables, connect, reported
-from penstock.flow.disk import make_directory, sync_directory, sync_file, writing
+from penstock.flow.disk import make_directory, put_in_place, sync_directory, writing
 from penstock.flow.journal import Journal, letters_identity
 from penstock.flow.letters import tables_in, tables_prefix
 from penstock.flow.lock import OutputLock
@@ -190,12 +190,7 @@ class Store:
             if isinstance(error, OSError):
                 raise
             raise OSError(None, str(error), path) from error  # the library has an error of its own for a full disk
-        descriptor = os.open(f"{path}.part", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            sync_file(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(f"{path}.part", path)
+        put_in_place(f"{path}.part", path)
         return name
 
     def _read(self, name: str | None, wanted: dict[str, tuple[tuple[int, ...], Any]], kind: str) -> dict[str, Array]:
