@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.flow.recorder import Recorder
 
 import penstock as ps
-from penstock.errors import CannotEncode, FailureBudgetExceeded, PlanError
+from penstock.errors import CannotEncode, FailureBudgetExceeded, IdError, PlanError
 from penstock.testing import run_virtual
 from penstock.testing.killing import torture
 
@@ -49,6 +49,11 @@ def test_a_state_for_each_key(function: Any) -> None:
 def test_one_state_without_a_key() -> None:
     outputs = ps.Flow([5, 6, 7]).map_state(lambda total, x: (total + x, total + x), initial=0).collect_sync()
     assert outputs == [5, 11, 18]
+
+
+def test_a_key_that_cant_be_found_is_named_as_such() -> None:
+    with pytest.raises(IdError, match=r"^key= of the item 7 raised ZeroDivisionError"):
+        ps.Flow([7]).map_state(count, key=lambda x: x / 0).collect_sync()
 
 
 def test_an_initial_state_isnt_shared() -> None:

@@ -133,7 +133,7 @@ def expire(transaction: Transaction, group: int, topic: int, is_alive: Callable[
         ).fetchall()
         poison = [(seq, attempt) for seq, attempt, suspect in held if suspect and attempt >= most]
         letters = [
-            Letter(seq, attempt, "", "died", f"the process that held it ended {attempt} times")
+            Letter(seq, attempt, "", "died", f"the process that held it ended, at attempt {attempt} of at most {most}")
             for seq, attempt in poison
         ]
         bury(transaction, group, topic, owner, letters)

@@ -254,7 +254,7 @@ class EventLog:
 
             if opened.connection is None:
                 opened.connection = opened.store.reader()
-            with reported(opened.store.path):
+            with reported(opened.store.path, "read"):
                 return function(opened.connection, *arguments)
 
         return await opened.desk.call(call)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from contextlib import closing
 
+from penstock.events.schema import MARK
+
 __all__ = ["is_log"]
 
 _MAGIC = b"SQLite format 3\0"
-_MARK = 0x70656E73  # as in ``schema``: SQLite's application id
 
 
 def is_log(path: str | os.PathLike[str]) -> bool:
@@ -26,10 +27,10 @@ def is_log(path: str | os.PathLike[str]) -> bool:
         return False
     if len(head) < 100 or not head.startswith(_MAGIC):
         return False
-    if int.from_bytes(head[68:72], "big") == _MARK:
+    if int.from_bytes(head[68:72], "big") == MARK:
         return True
     try:  # a new log stands in the file beside it until that is folded in
-        return os.path.getsize(f"{name}-wal") > 0 and _asked(name) == _MARK
+        return os.path.getsize(f"{name}-wal") > 0 and _asked(name) == MARK
     except OSError:
         return False
 

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import PlanError
-from penstock.events.clock import loop_calendar, loop_time
+from penstock.events.clock import boot_time, loop_calendar, loop_time
 from penstock.events.groups import (
     Claimed,
     Letter,
@@ -84,6 +84,13 @@ class Reader:
         loop = asyncio.get_running_loop()
         now, today = loop_time(loop), loop_calendar(loop)
         return await log.ask(claim, self.name, self.owner, most, now, today, log.store.is_alive)
+
+    def pause(self, claimed: Claimed) -> float | None:
+        """Seconds until there may be more to claim than was, if nothing is published meanwhile; None: never."""
+        times = [] if claimed.due is None else [claimed.due - loop_time(asyncio.get_running_loop())]
+        if claimed.lease_end is not None:
+            times.append(claimed.lease_end - boot_time())
+        return max(0.0, min(times)) + 0.001 if times else None
 
     async def acknowledge(self, owner: int, ranges: Ranges) -> list[int]:
         """These are done with; returns those that weren't this owner's."""

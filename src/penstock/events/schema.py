@@ -19,13 +19,15 @@ from typing import Any
 
 from penstock.errors import LogError, WriteFailed
 from penstock.events.clock import boot_id, boot_time, calendar
+from penstock.flow.database import refusal
 
-__all__ = ["FORMAT", "HELD", "PARKED", "READY", "SPAN", "connect", "prepare", "reported", "unrecoverable"]
+__all__ = ["FORMAT", "HELD", "MARK", "PARKED", "READY", "SPAN", "connect", "prepare", "reported", "unrecoverable"]
 
 FORMAT = 1
 SPAN = 1 << 40
 HELD, READY, PARKED = 0, 1, 2
-_MARK = 0x70656E73  # "pens": SQLite's application id
+MARK = 0x70656E73
+"""SQLite's application id of a log: "pens"."""
 
 _TABLES = """
 CREATE TABLE meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -61,7 +63,7 @@ def connect(path: str, durability: str) -> Any:
         connection = apsw.Connection(path)
         try:
             connection.set_busy_timeout(10_000)
-            if connection.pragma("application_id") != _MARK:
+            if connection.pragma("application_id") != MARK:
                 found = connection.execute("SELECT name FROM sqlite_schema LIMIT 1").get
                 if found is not None:
                     reason = f"it is a database of something else (it holds {found!r})"
@@ -84,10 +86,10 @@ def prepare(connection: Any, path: str) -> None:
     Raises LogError for one of a newer format. To be called with the lock held.
     """
     with reported(path):
-        if connection.pragma("application_id") != _MARK:
+        if connection.pragma("application_id") != MARK:
             connection.execute(
                 "PRAGMA auto_vacuum = INCREMENTAL; VACUUM; "
-                f"BEGIN IMMEDIATE; PRAGMA application_id = {_MARK}; {_TABLES} "
+                f"BEGIN IMMEDIATE; PRAGMA application_id = {MARK}; {_TABLES} "
                 f"INSERT INTO meta VALUES ('format', {FORMAT}); COMMIT"
             )
         version = connection.execute("SELECT value FROM meta WHERE name = 'format'").get
@@ -116,8 +118,8 @@ def unrecoverable(error: BaseException) -> bool:
 
 
 @contextmanager
-def reported(path: str) -> Iterator[None]:
-    """Turn what SQLite raises into penstock's errors, which name the file."""
+def reported(path: str, doing: str = "write") -> Iterator[None]:
+    """Turn what SQLite raises into penstock's errors, which name the file. ``doing``: ``"read"`` or ``"write"``."""
     import apsw
 
     try:
@@ -133,4 +135,6 @@ def reported(path: str) -> Iterator[None]:
         hint = "the directory isn't there" if not os.path.isdir(folder) else str(error)
         raise LogError(path, f"it can't be opened: {hint}", "Give a path that can be written to") from error
     except apsw.Error as error:
-        raise WriteFailed(path, str(error)) from error
+        if doing == "write":
+            raise WriteFailed(path, refusal(error)) from error
+        raise LogError(path, f"it can't be read: {refusal(error)}", "Try again, or look who uses it") from error

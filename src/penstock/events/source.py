@@ -17,7 +17,6 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import DecodeError, LeaseLost, LogError, PlanError
-from penstock.events.clock import boot_time, loop_time
 from penstock.events.groups import Letter, Ranges, settle_earlier
 from penstock.events.reader import Reader
 from penstock.events.sink import JoinedSink, TopicSink
@@ -181,10 +180,7 @@ class GroupReading:
                 continue
             if claimed.drained and ends:
                 return
-            times = [] if claimed.due is None else [claimed.due - loop_time(loop)]
-            if claimed.lease_end is not None:
-                times.append(claimed.lease_end - boot_time())
-            await self._changed(seen, max(0.0, min(times)) + 0.001 if times else None)
+            await self._changed(seen, self.reader.pause(claimed))
 
     def _ends(self) -> bool:
         """Whether to end when nothing is left."""

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar
 
 from penstock.errors import DecodeError, LeaseLost, LogError, PlanError
-from penstock.events.clock import boot_time, loop_time
+from penstock.events.clock import loop_time
 from penstock.events.event import Event, moment
 from penstock.events.groups import Claimed, Letter, Row
 from penstock.events.reader import Reader
@@ -385,11 +385,7 @@ class Subscription(Generic[T]):
             if claimed.drained and self._until == "drained" and not (self._out or self._ready):
                 self.drain()
                 return
-            times = [] if claimed.due is None else [claimed.due - loop_time(self._loop)]
-            if claimed.lease_end is not None:
-                times.append(claimed.lease_end - boot_time())
-            timeout = max(0.0, min(times)) + 0.001 if times else None
-            await store.changed(self.reader.number, seen, timeout)
+            await store.changed(self.reader.number, seen, self.reader.pause(claimed))
 
     async def _until_alone_is_over(self) -> None:
         """Wait while nothing is to be claimed beside a suspect that is out."""

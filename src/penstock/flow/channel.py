@@ -25,13 +25,12 @@ class Channel:
     With ``clock``, it remembers when each put came, so that ``oldest`` can say since when the first task waits.
     """
 
-    __slots__ = ("_clock", "_stamps", "capacity", "closed", "items", "on_items", "on_room", "passed")
+    __slots__ = ("_clock", "_stamps", "capacity", "closed", "items", "on_items", "on_room")
 
     def __init__(self, capacity: int, clock: Callable[[], float] | None = None) -> None:
         self.capacity = capacity
         self.items: deque[Task] = deque()
         self.closed = False
-        self.passed = 0
         self.on_items: Callable[[], None] = _nobody
         self.on_room: Callable[[], None] = _nobody
         self._clock = clock
@@ -82,7 +81,6 @@ class Channel:
                 if not stamp[0]:
                     self._stamps.popleft()
         if taken:
-            self.passed += len(taken)
             self.on_room()
         return taken
 

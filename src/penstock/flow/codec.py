@@ -212,8 +212,8 @@ def row_of(value: Any, target: str) -> Mapping[str, Any]:
 _MISSING = object()
 
 
-def id_key(value: Any, field: str | Callable[[Any], Any]) -> str:
-    """The key that identifies an item under ``id=``: ``i:`` and the id as JSON.
+def id_key(value: Any, field: str | Callable[[Any], Any], parameter: str = "id=") -> str:
+    """The key that identifies an item under ``id=`` (or another ``parameter``): ``i:`` and the id as JSON.
 
     ``field`` is a field's name (a key of a mapping, or an attribute) or a function of the item. Raises IdError if the
     id is missing, null, or can't be written as JSON, and if finding it raises, with that as its cause.
@@ -221,7 +221,7 @@ def id_key(value: Any, field: str | Callable[[Any], Any]) -> str:
     >>> id_key({"doc": "a7"}, "doc")
     'i:"a7"'
     """
-    what = f"{field!r}" if isinstance(field, str) else "id="
+    what = f"{field!r}" if isinstance(field, str) else parameter
     try:
         if not isinstance(field, str):
             found = field(value)
@@ -238,7 +238,7 @@ def id_key(value: Any, field: str | Callable[[Any], Any]) -> str:
     try:
         return "i:" + _canonical.encode(found).decode()
     except _REFUSALS as error:
-        raise IdError(f"{what} of the item {_brief(value)} can't be an id ({error})") from None
+        raise IdError(f"{what} of the item {_brief(value)} can't be written as JSON ({error})") from None
 
 
 def _brief(value: Any) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from penstock.errors import JournalError, WriteFailed
 
-__all__ = ["VERSION", "Tables", "connect", "has_table", "opened_tables", "read_only", "reported"]
+__all__ = ["VERSION", "Tables", "connect", "has_table", "opened_tables", "read_only", "refusal", "reported"]
 
 VERSION = 1
 _TIMEOUT = 30_000
@@ -171,15 +171,16 @@ def reported(path: str, doing: str = "write") -> Iterator[None]:
         yield
     except (apsw.NotADBError, apsw.CorruptError, apsw.FormatError) as error:
         raise JournalError(path, f"it is no intact SQLite database ({error})") from error
-    except (apsw.BusyError, apsw.LockedError) as error:
-        raise _failed(path, doing, f"another program holds it locked ({error})") from error
-    except (apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.PermissionsError, apsw.ReadOnlyError) as error:
-        raise _failed(path, doing, str(error)) from error
-    except (apsw.ConstraintError, apsw.SQLError) as error:  # somebody changed the tables meanwhile
-        raise _failed(path, doing, str(error)) from error
+    except apsw.Error as error:
+        if doing == "write":
+            raise WriteFailed(path, refusal(error)) from error
+        raise JournalError(path, refusal(error), "Look whether you may read it, and its directory") from error
 
 
-def _failed(path: str, doing: str, reason: str) -> Exception:
-    if doing == "write":
-        return WriteFailed(path, reason)
-    return JournalError(path, reason, "Look whether you may read it, and its directory")
+def refusal(error: Exception) -> str:
+    """Why SQLite refused, in words: it has failed, is held by another program, or its tables were changed."""
+    import apsw
+
+    if isinstance(error, (apsw.BusyError, apsw.LockedError)):
+        return f"another program holds it locked ({error})"
+    return str(error)

@@ -61,7 +61,7 @@ _CLIMBING, _RESTING, _UP, _DOWN, _RECOVERING = range(5)
 
 
 class Search:
-    """The items that may be in progress at once: ``limit``, between ``least`` and ``most``.
+    """The items that may be in progress at once: ``limit``, between 1 and ``most``.
 
     >>> search = Search(most=128)
     >>> search.limit
@@ -93,15 +93,13 @@ class Search:
         "_trouble",
         "_variance",
         "_wanted",
-        "least",
         "limit",
         "most",
     )
 
-    def __init__(self, *, most: int, least: int = 1, start: int = _START) -> None:
+    def __init__(self, *, most: int, start: int = _START) -> None:
         self.most = most
-        self.least = min(least, most)
-        self.limit = max(self.least, min(start, most))
+        self.limit = max(1, min(start, most))
         self._base = self.limit
         self._rate = 0.0  # goodput at the base
         self._mean = self._variance = 0.0  # of service times of late
@@ -197,7 +195,7 @@ class Search:
         if self._state != _RECOVERING:
             self._target = self.limit // 2
             self._trouble = self.limit
-        self._enter(_RECOVERING, max(self.least, int(self.limit * _CUT)), now)
+        self._enter(_RECOVERING, max(1, int(self.limit * _CUT)), now)
 
     def _judge(self, now: float) -> None:
         """An epoch is over."""
@@ -266,8 +264,8 @@ class Search:
             self._enter(_CLIMBING, self.limit, now)
 
     def _look_down(self, now: float) -> None:
-        if self._base > self.least:
-            self._enter(_DOWN, max(self.least, int(self._base / _LOOK**self._stride)), now)
+        if self._base > 1:
+            self._enter(_DOWN, max(1, int(self._base / _LOOK**self._stride)), now)
         else:
             self._rest(now, found_nothing=True)
 
@@ -290,7 +288,7 @@ class Search:
             self._averaged = 1
             self._rests, self._fruitless = 1, 0
             if rate < before:  # so many fewer are enough for it
-                self._enter(_DOWN, max(self.least, ceil(self._base * rate / before)), now)
+                self._enter(_DOWN, max(1, ceil(self._base * rate / before)), now)
                 return
             self._rests_left = 0
         self._averaged += 1

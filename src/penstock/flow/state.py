@@ -111,7 +111,7 @@ class StateRunner(Runner):
         partition = position[0] if self._by_partition else ""
         try:
             if self._stage.key is not None:
-                return partition, id_key(task.value, self._stage.key)
+                return partition, id_key(task.value, self._stage.key, "key=")
             if self._key_of is None:
                 return partition, ""
             key = self._key_of(position)
