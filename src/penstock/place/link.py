@@ -83,6 +83,7 @@ class Link:
         self.since = 0.0  # when it was last known to start on something
         self.ready = False
         self.closing = False
+        self.done = False  # whether it has closed its objects
         self.held = False  # whether the pool counts it among what is outside
         self.parts_out = 0
         self.paused = False

@@ -273,6 +273,7 @@ class ProcessPool(Pool):
         elif kind == READY:
             self._on_ready(link, None if delivery.body is None else thaw_error(delivery.body))
         elif kind == DONE:
+            link.done = True
             if delivery.body is not None and self._close_error is None:
                 self._close_error = thaw_error(delivery.body)
             link.timer = self._loop.call_later(GRACE, link.kill)  # threads of the user's may keep it from ending
@@ -407,6 +408,8 @@ class ProcessPool(Pool):
             self._ended.set_result(None)
         over = link.ready and link.closing  # its end was expected, or reported already
         link.closing = True
+        if self._closing and not self._aborted and link.ready and code and not link.done:
+            self._close_error = self._close_error or WorkerDied(self.chain.name, code, "the closing of its objects")
         if self._aborted or self._closing or over:
             return
         if link.paused:

@@ -3,10 +3,10 @@
 *Two threads.* The main thread reads the socket, runs the user's functions and collects results in the outbox. The
 outbox's watch thread never ends: it flushes what lies too long, and ends the process when the parent is gone.
 
-*The stamp.* Before each step the main thread writes the time, and then the task's number and the step, into words
-that the parent reads: timeouts run from them, and if this process dies, the stamped task is the one it died of. A
-stream's clock starts anew for each output and stands still while it waits for a grant; so does that of a result
-that only waits to be sent.
+*The stamp.* Before each step the main thread writes the time, and then the task's number and the step, into words that
+the parent reads: timeouts run from them, and if this process dies, the stamped task is the one it died of. It does so
+too, without a time, before it reads a value that may run code of the user's. A stream's clock starts anew for each
+output and stands still while it waits for a grant; so does that of a result that only waits to be sent.
 
 *The end.* The kernel kills this process when the thread that started it ends, which is when the parent ends; that
 also ends a worker inside a long C call. Where there is no such signal the watch thread sees the socket's end. CLOSE
@@ -21,6 +21,7 @@ import pickle
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from penstock.errors import CannotSend
 from penstock.place.base import (
     DROPPED,
     FAILED,
+    GRACE,
     KEEP,
     MAP,
     PENDING,
@@ -89,9 +91,20 @@ def main(arguments: list[str]) -> None:
     try:
         if worker.start():
             worker.work()
-    except SystemExit:
+    except SystemExit as leaving:
         worker.outbox.flush()
+        _end_within(GRACE, leaving)
         raise
+
+
+def _end_within(seconds: float, leaving: SystemExit) -> None:
+    """Let the interpreter shut down for so long: threads of the user's may keep it from ending."""
+
+    def end() -> None:
+        time.sleep(seconds)
+        os._exit(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
+
+    threading.Thread(target=end, name="penstock-end", daemon=True).start()
 
 
 def _die_with(parent: int) -> None:
@@ -196,7 +209,12 @@ class Worker:
         for index in range(len(values)):
             at = ats.get(index, 0) if ats else 0
             try:
-                value = values[index] if delivery.plain else delivery.thaw(index)
+                if delivery.plain:
+                    value = values[index]
+                else:
+                    times[1] = inf
+                    words[0] = (first + index) << 16 | at  # what ends the process while it is read is charged to it
+                    value = delivery.thaw(index)
             except Exception as error:
                 self._refuse(at, error)
                 continue
