@@ -52,6 +52,27 @@ def test_a_table_for_people(output: Path) -> None:
     assert "half" in said
 
 
+class Mute:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_items_that_json_has_no_form_for_are_shown_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    items = [{(1, 2): 3}, 2**70, "\ud800", b"\xff", {"a": ["\ud800"]}, complex(1, 2), Mute(), 5]
+    ps.Flow(items, name="odd").map(refuse, on_error="dead_letter").to(path).run_sync(progress=False)
+    result = dead(path)
+    assert result.returncode == 0, result.stderr
+    shown = [json.loads(line)["item"] for line in result.stdout.splitlines()]
+    assert len(shown) == len(items)
+    assert (shown[1], shown[2], shown[5], shown[-1]) == (2**70, "'\\ud800'", "(1+2j)", 5)
+    assert "8 dead letters" in on_a_terminal([*PENSTOCK, "dead", str(path)])
+
+
+def refuse(item: object) -> None:
+    raise ValueError("no")
+
+
 def test_nothing_dead_is_said_too(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     ps.Flow([0, 2]).map(half).to(path).run_sync(progress=False)

@@ -243,3 +243,15 @@ def test_the_first_difference_is_named(
     found = Remains(outputs, dead, {**EXPECTED.counts, "delivered": delivered})
     said = first_difference(EXPECTED, found, ordered=ordered, exactly_once=exactly_once)
     assert said is None if difference is None else (said or "").startswith(difference)
+
+
+def test_what_is_at_another_address_in_another_process_is_no_difference(tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "other"):
+        path = tmp_path / name / "out.jsonl"
+        path.parent.mkdir()
+        items = [lambda: None, "\ud800", 3]
+        ps.Flow(items, name="odd").map(bytes.upper, on_error="dead_letter").to(path).run_sync(progress=False)
+        found.append(remains(path))
+    assert found[0].dead
+    assert first_difference(*found, ordered=True, exactly_once=True) is None

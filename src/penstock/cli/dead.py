@@ -16,6 +16,8 @@ import msgspec
 
 from penstock.cli.outcome import DONE, outcome
 from penstock.errors import PlanError
+from penstock.flow.failing import short
+from penstock.flow.text import printable
 
 if TYPE_CHECKING:
     from penstock.events.event import DeadLetter
@@ -71,7 +73,7 @@ def _of_job(output: Path) -> int:
     letters = read.dead(output)
     if not sys.stdout.isatty():
         for letter in letters:
-            sys.stdout.buffer.write(msgspec.json.encode(letter, enc_hook=repr) + b"\n")
+            sys.stdout.buffer.write(_json(msgspec.structs.asdict(letter)) + b"\n")
         return DONE
     _table(_COLUMNS, [_row(letter) for letter in letters])
     return DONE
@@ -82,7 +84,22 @@ _COLUMNS = ("position", "stage", "reason", "error", "attempts", "item")
 
 def _row(letter: Failed) -> tuple[Any, ...]:
     partition, index = letter.position
-    return f"{partition}:{index}", letter.stage, letter.reason, letter.error, letter.attempts, repr(letter.item)
+    return f"{partition}:{index}", letter.stage, letter.reason, letter.error, letter.attempts, short(letter.item)
+
+
+def _json(letter: dict[str, Any]) -> bytes:
+    """A letter as JSON; its item in words where JSON has no form for it."""
+    try:
+        return msgspec.json.encode(letter, enc_hook=_in_words)
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
+        return msgspec.json.encode({**letter, "item": _in_words(letter["item"])})
+
+
+def _in_words(value: Any) -> str:
+    try:
+        return printable(repr(value))
+    except Exception:  # a __repr__ of the user's
+        return short(value)
 
 
 def _of_log(path: str, requeue: bool, topic: str | None, group: str | None, positions: Sequence[int] | None) -> int:
@@ -123,7 +140,7 @@ def _of_log(path: str, requeue: bool, topic: str | None, group: str | None, posi
         for table, job, letters in jobs:
             for letter in letters:
                 shown = {"job": job, "table": table, **msgspec.structs.asdict(letter)}
-                sys.stdout.buffer.write(msgspec.json.encode(shown, enc_hook=repr) + b"\n")
+                sys.stdout.buffer.write(_json(shown) + b"\n")
     return DONE
 
 

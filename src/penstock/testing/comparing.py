@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from typing import Any
 import msgspec
 
 from penstock.flow.letters import JournalReader
+from penstock.flow.text import printable
 
 __all__ = ["Remains", "first_difference", "remains"]
 
 _COUNTED = ("delivered", "filtered", "skipped", "dead")
 _LONGEST = 160
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of an object in memory: another one in each process
 _EVERY_LETTER = 2**62
 
 
@@ -46,7 +49,9 @@ def remains(path: Path, table: str | None = None) -> Remains:
         counts = reader.counts()
     finally:
         reader.close()
-    dead = [f"{one.position} {one.stage} {one.reason}: {one.error} ({_text(one.item)})" for one in letters]
+    dead = [
+        _ADDRESS.sub("", f"{one.position} {one.stage} {one.reason}: {one.error} ({_text(one.item)})") for one in letters
+    ]
     return Remains(outputs, dead, {name: counts.get(name, 0) for name in _COUNTED})
 
 
@@ -102,11 +107,11 @@ def _short(line: str) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as text that is the same in every process: no addresses, no order of a set."""
+    """A value as text that is the same in every process: no order of a set."""
     try:
         return msgspec.json.encode(value, order="deterministic").decode()
-    except (TypeError, msgspec.MsgspecError):
-        return repr(value)
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError):
+        return printable(repr(value))
 
 
 def _lines(path: Path) -> list[str]:

@@ -117,7 +117,9 @@ class Faults:
         return None
 
     def _digest(self, item: Any) -> bytes:
-        return hashlib.blake2b(repr(item).encode(), digest_size=16, key=str(self.seed).encode()[:64]).digest()
+        return hashlib.blake2b(
+            repr(item).encode("utf-8", "surrogatepass"), digest_size=16, key=str(self.seed).encode()[:64]
+        ).digest()
 
     def _due(self, item: Any) -> tuple[Kind, int] | None:
         """What is to happen at this attempt, and the attempt's number."""

@@ -24,6 +24,7 @@ import struct
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -34,6 +35,7 @@ from penstock.train.weights import Weights
 __all__ = ["Listener"]
 
 _BACKLOG = 128
+_PAUSE = 0.05  # seconds until the next try where nobody can be let in
 _CREDENTIALS = struct.Struct("3i")  # process, user, group
 
 
@@ -86,19 +88,22 @@ class Listener:
             except OSError:  # it has gone again, or there are no descriptors left
                 if self._closing:
                     return
+                time.sleep(_PAUSE)
                 continue
             with self._lock:
                 if self._closing:
                     found.close()
                     return
+                connection: _Connection | None = None
                 try:
                     _check_user(found)
                     connection = _Connection(found, self._weights, self._refusal, self._connections.discard)
-                except OSError:
+                    self._connections.add(connection)
+                    connection.thread.start()
+                except (OSError, RuntimeError):  # it has gone, isn't of this user, or no thread can be started
+                    if connection is not None:
+                        self._connections.discard(connection)
                     found.close()
-                    continue
-                self._connections.add(connection)
-                connection.thread.start()
 
 
 def _check_user(connected: socket.socket) -> None:
