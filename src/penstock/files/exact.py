@@ -55,9 +55,11 @@ def check_exact(values: Iterable[Any], kind: Any) -> None:
             check_exact([key for key, _ in pairs], kind.key_type)
             check_exact([item for _, item in pairs], kind.item_type)
     elif any(getattr(types, test)(kind) for test in _LISTS) and is_lax(kind.value_type):
+        parts: list[Any] = []
         for value in values:
             if value is not None:
-                check_exact(value, kind.value_type)
+                parts += value.tolist() if _is_of_numbers(value) else value
+        check_exact(parts, kind.value_type)
 
 
 def _check_struct(value: Mapping[str, Any], kind: Any) -> None:
@@ -116,6 +118,12 @@ def _check_moment(value: Any, kind: Any) -> None:
         return
     if rest % _MICROSECONDS.get(kind.unit, 1):
         raise ValueError(f"the column counts whole {kind.unit}")
+
+
+def _is_of_numbers(value: Any) -> bool:
+    """Whether it is a vector of NumPy's, of plain numbers."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "biuf" and value.ndim == 1
 
 
 def _is_numpy_time(value: Any, *names: str) -> bool:
