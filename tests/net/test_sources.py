@@ -350,6 +350,7 @@ def test_heads_that_are_not_utf_8_are_read_as_latin_1(tmp_path: Path) -> None:
         ("/a%7Eb?x=%41&y=%2f&z=a+b", "127.0.0.1"),
         ("/it's(so)!*@:;,=$&[]", "127.0.0.1"),
         ("/upper?A=%aA", "LOCALHOST"),
+        ("/.well-known/a%7Eb?to=/..%2Fc", "127.0.0.1"),
     ],
 )
 def test_a_url_goes_out_as_it_was_written(target: str, host: str) -> None:

@@ -32,6 +32,7 @@ _RETRYABLE = frozenset({408, 425, 429, 500, 502, 503, 504})
 _EXCERPT = 4096
 _SHOWN = 200
 _WHOLE = re.compile(r"[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=]*(?:%[0-9A-Fa-f]{2}[A-Za-z0-9\-._~:/?#\[\]@!$&'()*+,;=]*)*")
+_DOTS = re.compile(r"/\.\.?(?:[/?#]|$)")
 _NO_HEADERS: dict[str, str] = {}
 
 
@@ -256,7 +257,8 @@ def _parsed(text: str) -> URL:
 
 def _as_written(text: str) -> URL:
     """The URL with the escapes it has, where it is one by RFC 3986: servers may sign it byte for byte."""
-    url = URL(text, encoded=_WHOLE.fullmatch(text) is not None and "/." not in text)
+    dots = "/." in text and _DOTS.search(text) is not None  # ".." and the like, which somebody has to resolve
+    url = URL(text, encoded=not dots and _WHOLE.fullmatch(text) is not None)
     _ = url.port  # raises ValueError where it is none
     return url
 
