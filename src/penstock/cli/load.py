@@ -20,7 +20,7 @@ from penstock.flow.flow import Flow
 from penstock.flow.job import Job
 from penstock.flow.sink import as_sink
 
-__all__ = ["find_job", "load_file", "load_job", "split_target"]
+__all__ = ["load_file", "load_job", "split_target"]
 
 
 def load_job(target: str, to: str | None = None) -> Job:
@@ -30,7 +30,7 @@ def load_job(target: str, to: str | None = None) -> Job:
     to choose by, or none of that name, and whatever the file itself raises.
     """
     path, name = split_target(target)
-    return find_job(load_file(path), str(path), name, to)
+    return _find_job(load_file(path), str(path), name, to)
 
 
 def split_target(target: str) -> tuple[Path, str | None]:
@@ -76,7 +76,7 @@ def load_file(path: Path) -> ModuleType:
     return module
 
 
-def find_job(module: ModuleType, file: str, name: str | None, to: str | None = None) -> Job:
+def _find_job(module: ModuleType, file: str, name: str | None, to: str | None = None) -> Job:
     """The job called ``name`` in a module, or the only one there; with ``to``, a Flow will do."""
     if name is not None:
         if not hasattr(module, name):

@@ -11,11 +11,11 @@ from types import TracebackType
 
 from penstock.errors import MissingDependency, MissingInput, PenstockError, PlanError, SourceExhausted
 
-__all__ = ["BAD_DESCRIPTION", "DONE", "FAILED", "INTERRUPTED", "outcome", "say"]
+__all__ = ["DONE", "FAILED", "INTERRUPTED", "outcome", "say"]
 
 DONE = 0
 FAILED = 1
-BAD_DESCRIPTION = 2
+_BAD_DESCRIPTION = 2
 INTERRUPTED = 130
 
 _BAD = (PlanError, MissingInput, MissingDependency, SourceExhausted)
@@ -41,7 +41,7 @@ def outcome(work: Callable[[], int]) -> int:
         raise
     except _BAD as error:
         say(_with_notes(error))
-        return BAD_DESCRIPTION
+        return _BAD_DESCRIPTION
     except PenstockError as error:
         _say_error(error)
         return FAILED

@@ -31,7 +31,6 @@ __all__ = [
     "acknowledge_each",
     "bury",
     "claim",
-    "expire",
     "extend",
     "is_held",
     "join",
@@ -96,7 +95,7 @@ def join(
     """
     number, topic, name = group
     connection = transaction.connection
-    expire(transaction, number, topic, is_alive)
+    _expire(transaction, number, topic, is_alive)
     for other, its in connection.execute("SELECT what, alone FROM owners WHERE grp = ?", (number,)):
         if alone or its:
             raise GroupInUse(name, other)
@@ -117,7 +116,7 @@ def leave(transaction: Transaction, group: int, topic: int, owner: int) -> None:
     transaction.connection.execute("DELETE FROM owners WHERE owner = ?", (owner,))
 
 
-def expire(transaction: Transaction, group: int, topic: int, is_alive: Callable[[str], bool] | None) -> float | None:
+def _expire(transaction: Transaction, group: int, topic: int, is_alive: Callable[[str], bool] | None) -> float | None:
     """Take from owners whose lease is over, or whose process has ended; returns when the next lease ends."""
     connection = transaction.connection
     now = boot_time()
@@ -163,7 +162,7 @@ def claim(
     """
     number, topic, name = group
     connection = transaction.connection
-    lease_end = expire(transaction, number, topic, None)  # of this owner, too
+    lease_end = _expire(transaction, number, topic, None)  # of this owner, too
     if connection.execute("SELECT 1 FROM owners WHERE owner = ?", (owner,)).get is None:
         raise LeaseLost(name)
     rows = _ready(connection, number, topic, owner, 1, now, suspect=1)
@@ -176,7 +175,7 @@ def claim(
     others = "SELECT count(*) FROM owners WHERE grp = ?"
     before = connection.execute(others, (number,)).get
     if before > 1:
-        lease_end = expire(transaction, number, topic, is_alive)
+        lease_end = _expire(transaction, number, topic, is_alive)
         if connection.execute(others, (number,)).get != before:  # there may be something now
             return claim(transaction, group, owner, most, now, today, is_alive)
     due = connection.execute(

@@ -21,9 +21,9 @@ from penstock.errors import LogError, WriteFailed
 from penstock.events.clock import boot_id, boot_time, calendar
 from penstock.flow.database import refusal
 
-__all__ = ["FORMAT", "HELD", "MARK", "PARKED", "READY", "SPAN", "connect", "prepare", "reported", "unrecoverable"]
+__all__ = ["HELD", "MARK", "PARKED", "READY", "SPAN", "connect", "prepare", "reported", "unrecoverable"]
 
-FORMAT = 1
+_FORMAT = 1
 SPAN = 1 << 40
 HELD, READY, PARKED = 0, 1, 2
 MARK = 0x70656E73
@@ -90,13 +90,13 @@ def prepare(connection: Any, path: str) -> None:
             connection.execute(
                 "PRAGMA auto_vacuum = INCREMENTAL; VACUUM; "
                 f"BEGIN IMMEDIATE; PRAGMA application_id = {MARK}; {_TABLES} "
-                f"INSERT INTO meta VALUES ('format', {FORMAT}); COMMIT"
+                f"INSERT INTO meta VALUES ('format', {_FORMAT}); COMMIT"
             )
         version = connection.execute("SELECT value FROM meta WHERE name = 'format'").get
-        if version is None or version > FORMAT:
+        if version is None or version > _FORMAT:
             raise LogError(
                 path,
-                f"a newer penstock wrote it (format {version}; this one reads up to {FORMAT})",
+                f"a newer penstock wrote it (format {version}; this one reads up to {_FORMAT})",
                 "Upgrade penstock",
             )
         if connection.execute("SELECT value FROM meta WHERE name = 'boot'").get != boot_id():

@@ -14,9 +14,9 @@ from urllib.parse import quote
 
 from penstock.errors import JournalError, WriteFailed
 
-__all__ = ["VERSION", "Tables", "connect", "has_table", "opened_tables", "read_only", "refusal", "reported"]
+__all__ = ["Tables", "connect", "has_table", "opened_tables", "read_only", "refusal", "reported"]
 
-VERSION = 1
+_VERSION = 1
 _TIMEOUT = 30_000
 _ELSEWHERE = "Move it away, or write to another output"
 
@@ -62,7 +62,7 @@ class Tables:
 
     def create(self, connection: Any) -> None:
         connection.execute(_SCHEMA.format(**{name: getattr(self, name) for name in _NAMES}))
-        connection.execute(f"INSERT INTO {self.meta} VALUES ('version', ?), ('id', ?)", (VERSION, os.urandom(8).hex()))
+        connection.execute(f"INSERT INTO {self.meta} VALUES ('version', ?), ('id', ?)", (_VERSION, os.urandom(8).hex()))
 
     def drop(self, connection: Any) -> None:
         for name in _NAMES:
@@ -76,10 +76,10 @@ class Tables:
         version = connection.execute(f"SELECT value FROM {self.meta} WHERE name = 'version'").get
         if not isinstance(version, int):
             raise JournalError(connection.filename, f"its table {name!r} isn't a journal's", _ELSEWHERE)
-        if version > VERSION:
+        if version > _VERSION:
             raise JournalError(
                 connection.filename,
-                f"a newer penstock wrote it (format {version}; this one reads up to {VERSION})",
+                f"a newer penstock wrote it (format {version}; this one reads up to {_VERSION})",
                 "Upgrade penstock, or write to another output",
             )
         return True

@@ -24,11 +24,11 @@ from typing import Any, Protocol
 from penstock.flow.report import Report, StageReport
 from penstock.flow.text import duration, number, percent, rate
 
-__all__ = ["STALL", "Display", "Surface", "stuck"]
+__all__ = ["Display", "Surface", "stuck"]
 
 logger = logging.getLogger("penstock")
 
-STALL = 60.0
+_STALL = 60.0
 """Seconds without any movement after which the watch warns."""
 
 _REFRESH = 0.25
@@ -98,7 +98,7 @@ class Display:
                     _drawing.append(self)
         if self._surface is not None:
             self._arm("surface", self._surface.first, self._refresh)
-        self._arm("watch", STALL / 4, self._watch)
+        self._arm("watch", _STALL / 4, self._watch)
 
     def stop(self) -> None:
         """Cancel the timers and leave the surface as it should stay. Safe to call twice, and before ``start``."""
@@ -171,10 +171,10 @@ class Display:
         moved = _movement(report)
         if moved != self._seen or not report.in_flight:
             self._seen, self._seen_at, self._warned = moved, now, False
-        elif not self._warned and now - self._seen_at >= STALL:
+        elif not self._warned and now - self._seen_at >= _STALL:
             self._warned = True
             logger.warning("%s: nothing has moved for %s: %s", self.name, duration(now - self._seen_at), stuck(report))
-        self._arm("watch", STALL / 4, self._watch)
+        self._arm("watch", _STALL / 4, self._watch)
 
 
 def stuck(report: Report) -> str:

@@ -17,9 +17,9 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
-__all__ = ["BOTH", "Interrupts", "heard_on"]
+__all__ = ["Interrupts", "heard_on"]
 
-BOTH = (signal.SIGINT, signal.SIGTERM)
+_BOTH = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
@@ -29,7 +29,7 @@ class Interrupts:
     heard when somebody does, or on leaving. Other signals go where they went before.
     """
 
-    def __init__(self, heard: Callable[[signal.Signals], None], numbers: Sequence[signal.Signals] = BOTH) -> None:
+    def __init__(self, heard: Callable[[signal.Signals], None], numbers: Sequence[signal.Signals] = _BOTH) -> None:
         self._heard = heard
         self._numbers = numbers
         self._handlers: dict[signal.Signals, Any] = {}

@@ -36,9 +36,9 @@ from penstock.place.base import (
 )
 from penstock.place.loop import is_cancelled
 
-__all__ = ["PARTS_OUT", "PART_TIME", "Exchange", "Stamp", "Stream", "Worker"]
+__all__ = ["PART_TIME", "Exchange", "Stamp", "Stream", "Worker"]
 
-PARTS_OUT = 2
+_PARTS_OUT = 2
 """Parts of a stream that may be handed over before the first grant."""
 
 PART_TIME = 0.004
@@ -67,7 +67,7 @@ class Stream:
         self.task = task
         self.buffer: deque[Any] = deque()
         self.changed = threading.Condition()
-        self.granted = PARTS_OUT
+        self.granted = _PARTS_OUT
         self.bound = 0  # the thread waits until fewer outputs than this lie in the buffer; 0: it doesn't wait
         self.uncounted = False  # … and isn't counted as outside
 

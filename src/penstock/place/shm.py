@@ -27,7 +27,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
 
-__all__ = ["LEAST", "SIZE", "WHOLE", "WORDS", "Arena", "Window", "create"]
+__all__ = ["LEAST", "SIZE", "WHOLE", "Arena", "Window", "create"]
 
 LEAST = 32768
 """Bytes from which a buffer travels through shared memory; smaller ones are cheaper on the socket."""
@@ -36,10 +36,10 @@ SIZE = 256 * 1024 * 1024
 """Bytes of one arena: the most one direction of one worker can hold at a time."""
 
 _PAGE = 4096
-WORDS = 4096 // 8
+_WORDS = 4096 // 8
 """64-bit words at the start of the file that the two sides use as they like (the stamp of a worker)."""
 
-_FLAGS = WORDS * 8
+_FLAGS = _WORDS * 8
 _DATA = _FLAGS + SIZE // LEAST
 
 WHOLE = _DATA + SIZE
