@@ -22,7 +22,7 @@ from penstock.flow.origin import positions_of
 from penstock.flow.redact import redact
 from penstock.flow.report import ErrorLog
 from penstock.flow.retry import Retry
-from penstock.place.base import DIED, TIMED_OUT, Task, as_failure
+from penstock.place.base import DIED, TIMED_OUT, Task, annotate, as_failure
 
 __all__ = [
     "DEAD_LETTER",
@@ -156,7 +156,7 @@ class Policy:
                 repeats = self.retry.repeats(error, attempts)
             except Exception as raised:  # by the function of on=: the item fails with that, as its key= would fail it
                 raised.__cause__ = error
-                raised.add_note(f"raised by Retry(on=) of stage {self.stage!r}, when it was asked about its cause")
+                annotate(raised, f"raised by Retry(on=) of stage {self.stage!r}, when it was asked about its cause")
                 error = raised
         if self.retry is not None and repeats:
             self._tries[id(task)] = (self.stage, attempts)
@@ -174,7 +174,7 @@ class Policy:
         self.errors.add(self.stage, reason, message, position)
         if self.end == RAISE or not isinstance(error, Exception) or _stops_run(error):
             tried = f", tried {attempts} times" if attempts > 1 else ""
-            error.add_note(f"at stage {self.stage!r}, {position_of(position)}{tried}: {short(value)}")
+            annotate(error, f"at stage {self.stage!r}, {position_of(position)}{tried}: {short(value)}")
             return Verdict(RAISE, error)
         exceeded = self._over_budget(f"{reason}: {message}")
         if exceeded is not None:

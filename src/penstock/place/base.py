@@ -13,7 +13,8 @@ The contract, in numbered prose. If an implementation is inconsistent with it, t
    few milliseconds of work a worker. Submitting more is allowed; the bound on it is the caller's.
 4. ``open()`` starts every worker, builds the objects of ``per_worker`` in each, and raises what a constructor
    raised, as itself. A worker that has to be replaced later and can't be built is reported by ``failed``.
-5. Outcomes: ``OK`` (``value`` is the result), ``DROPPED`` (a KEEP step said no at ``at``), ``FAILED`` (``error`` is
+5. Outcomes: ``OK`` (``value`` is the result), ``DROPPED`` (a KEEP step said no at ``at``; the value
+   says nothing), ``FAILED`` (``error`` is
    the exception, ``at`` the step that raised it, ``value`` what that step was given), ``TIMED_OUT`` and ``DIED``
    (like FAILED; ``error`` is the exit code of a process that died). A task that fails can be submitted again
    as it is: it re-enters at its step. ``SPREAD`` results are lists: the outcome of a chain that ends with a SPREAD
@@ -35,7 +36,8 @@ import inspect
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -54,6 +56,7 @@ __all__ = [
     "KEEP",
     "MAP",
     "OK",
+    "PARTS_OUT",
     "PART_SIZE",
     "PENDING",
     "SLICE",
@@ -68,10 +71,9 @@ __all__ = [
     "Pool",
     "Step",
     "Task",
+    "annotate",
     "as_failure",
-    "bind",
     "cores",
-    "in_closing",
     "is_async",
     "outside",
     "per_worker",
@@ -92,6 +94,9 @@ GRACE = 5.0
 
 PART_SIZE = 1024
 """The most outputs of a STREAM step in one part; a part is also handed over after SLICE seconds."""
+
+PARTS_OUT = 2
+"""Parts of a STREAM step that may be handed over before the first grant."""
 
 SPREAD_BOUND = 100_000
 """The most outputs a SPREAD step may give: they are held to be committed together."""
@@ -227,42 +232,10 @@ def is_async(function: Any) -> bool:
     return inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)
 
 
-def bind(chain: Chain) -> tuple[list[Any], Callable[[], list[Any]]]:
-    """Build what each step calls, in the worker that will call it.
-
-    Returns the callables and a function that gives the ``close`` methods of the built objects, last built first.
-    If a constructor raises, what was built before it is closed and the exception goes on.
-    """
-    calls: list[Any] = []
-    closers: list[Any] = []
-    try:
-        for step in chain.steps:
-            if isinstance(step.call, PerWorker):
-                built = step.call.build()
-                if not callable(built):
-                    raise TypeError(
-                        f"stage {step.name!r}: per_worker built a {type(built).__name__}, which isn't callable. "
-                        "Give the class a __call__ method that takes an item"
-                    )
-                closer = getattr(built, "close", None)
-                if callable(closer):
-                    closers.insert(0, closer)
-                calls.append(built)
-            else:
-                calls.append(step.call)
-    except BaseException as error:
-        for closer in closers:
-            closer()
-        failure = as_failure(chain.name, error)
-        if failure is error:
-            raise
-        raise failure from error
-    return calls, lambda: closers
-
-
-def in_closing(chain: str) -> str:
-    """The note for what ``close`` of an object of ``per_worker`` raised."""
-    return f"in close() of an object that a worker of stage {chain!r} had"
+def annotate(error: BaseException, note: str) -> None:
+    """Add a note to an exception, if it takes one: a frozen dataclass doesn't."""
+    with suppress(Exception):
+        error.add_note(note)
 
 
 def as_failure(stage: str, error: BaseException) -> BaseException:
@@ -293,10 +266,14 @@ async def spread_async(step: str, result: Any) -> list[Any]:
     if not isinstance(result, AsyncIterable):
         return spread(step, result)
     outputs = []
-    async for output in result:
-        outputs.append(output)
-        if len(outputs) > SPREAD_BOUND:
-            raise ExpansionTooLarge(step, SPREAD_BOUND)
+    try:
+        async for output in result:
+            outputs.append(output)
+            if len(outputs) > SPREAD_BOUND:
+                raise ExpansionTooLarge(step, SPREAD_BOUND)
+    finally:
+        if isinstance(result, AsyncGenerator):
+            await result.aclose()
     return outputs
 
 

@@ -23,29 +23,27 @@ from penstock.place.base import (
     MAP,
     OK,
     PART_SIZE,
+    PARTS_OUT,
     SPREAD,
     STREAM,
     Chain,
     Task,
     as_failure,
-    bind,
-    in_closing,
     set_worker_index,
     spread,
     spread_async,
 )
 from penstock.place.loop import is_cancelled
+from penstock.place.objects import bind, close_all
 
 __all__ = ["PART_TIME", "Exchange", "Stamp", "Stream", "Worker"]
-
-_PARTS_OUT = 2
-"""Parts of a stream that may be handed over before the first grant."""
 
 PART_TIME = 0.004
 """Seconds of a stream's work in one part: what is slow to make is large, or dear, and not wanted by the thousand."""
 
 _ALWAYS_TIMED = 0.0001
 _SAMPLE_EVERY = 128
+_MOST_PLAIN = 1000
 
 Stamp = tuple[Task, int, Any, float]
 """What a thread is at: the task, the step, what the step was given, and the monotonic time when it is over time."""
@@ -67,7 +65,7 @@ class Stream:
         self.task = task
         self.buffer: deque[Any] = deque()
         self.changed = threading.Condition()
-        self.granted = _PARTS_OUT
+        self.granted = PARTS_OUT
         self.bound = 0  # the thread waits until fewer outputs than this lie in the buffer; 0: it doesn't wait
         self.uncounted = False  # … and isn't counted as outside
 
@@ -141,29 +139,23 @@ class Worker:
     def main(self) -> None:
         exchange = self.exchange
         set_worker_index(self.index)
-        try:
-            calls, closers = bind(exchange.chain)
-        except BaseException as error:
-            self.error = error
-            exchange.call(exchange.on_ended, self)
-            return
-        exchange.call(exchange.on_built, self)
-        try:
-            self._serve(calls)
-        except _Ended:
-            pass
-        except BaseException as error:
-            self.error = error
-        self.task = self.stamp = self.stream = None
-        for closer in closers():
+        calls, closers, self.error = bind(exchange.chain)
+        if self.error is None:
+            exchange.call(exchange.on_built, self)
             try:
-                result = closer()
-                if hasattr(result, "__await__"):
-                    self._await(result, closing=True)
+                self._serve(calls)
+            except _Ended:
+                pass
             except BaseException as error:
-                error.add_note(in_closing(exchange.chain.name))
-                self.error = self.error or error
+                self.error = error
+        self.task = self.stamp = self.stream = None
+        failure = close_all(closers, exchange.chain.name, self._closed)
+        self.error = self.error or failure
         exchange.call(exchange.on_ended, self)
+
+    def _closed(self, result: Any) -> None:
+        if hasattr(result, "__await__"):
+            self._await(result, closing=True)
 
     def _rest(self) -> bool:
         """Sleep until there may be a task; False when there will be none."""
@@ -316,7 +308,8 @@ class Worker:
         kind = type(result)
         if hasattr(kind, "__await__"):
             return self._await(result)
-        self.plain.add(kind)
+        if len(self.plain) < _MOST_PLAIN:  # a function may make a class per call
+            self.plain.add(kind)
         return result
 
     def _spread(self, step: str, result: Any) -> list[Any]:
@@ -356,7 +349,8 @@ class Worker:
                 outcome.set_result(value)
 
         def ended(settling: asyncio.Task[None]) -> None:
-            self.awaiting = None
+            if self.awaiting is settling:  # the thread may have gone on to the next one
+                self.awaiting = None
             self.exchange.awaited.discard(settling)
             if not outcome.done():  # cancelled before it began
                 if inspect.iscoroutine(awaitable):

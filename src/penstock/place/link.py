@@ -30,11 +30,14 @@ from collections.abc import Callable
 from typing import Any
 
 import penstock
-from penstock.place.base import Task, cores
+from penstock.errors import CannotSend
+from penstock.place.base import Chain, Task, cores
+from penstock.place.pickling import dumps
+from penstock.place.remote import in_words
 from penstock.place.shm import WHOLE, Arena, Window, create
 from penstock.place.wire import Delivery, Inbox, Postbox
 
-__all__ = ["Link", "environment"]
+__all__ = ["Link", "environment", "what_to_start"]
 
 _THREADS = (
     "OMP_NUM_THREADS",
@@ -56,6 +59,28 @@ def environment(workers: int) -> dict[str, str]:
     if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
         given["PYTHONPATH"] = os.pathsep.join(filter(None, (root, given.get("PYTHONPATH"))))
     return given
+
+
+def what_to_start(chain: Chain, sent: dict[type, str]) -> tuple[Any, ...]:
+    """What a worker is told first, but for its number; pickled once for all of them. Raises CannotSend."""
+    try:
+        directory = os.getcwd()
+    except FileNotFoundError:
+        directory = None
+    pickled = _pickled(chain, sent)
+    return chain.name, list(sys.argv), list(sys.path), directory, os.environ.get("PYTHONPATH"), pickled
+
+
+def _pickled(chain: Chain, sent: dict[type, str]) -> bytes:
+    try:
+        return dumps(chain, sent, grows=True)
+    except Exception:
+        for step in chain.steps:
+            try:
+                dumps(step.call, {})
+            except Exception as error:
+                raise CannotSend(step.name, type(step.call).__name__, in_words(error)) from error
+        raise
 
 
 class Link:
@@ -100,7 +125,8 @@ class Link:
         self._socket, theirs = socket.socketpair()
         inward = outward = -1
         try:
-            inward, outward = create(WHOLE), create(WHOLE)
+            inward = create(WHOLE)
+            outward = create(WHOLE)
             self.inbox = Inbox(Window(inward))
             self.postbox = Postbox(Arena(outward), sent, grows=True)
             self._socket.setblocking(False)
@@ -223,9 +249,10 @@ class Link:
 
     def _on_end(self, code: int | None, error: Exception | None) -> None:
         self._thread.join()  # calling this was its last act
-        self.drain()
-        self._last_stamp = self.stamp()
-        self.discard()
+        if self._socket.fileno() >= 0:  # nobody has given up on it
+            self.drain()
+            self._last_stamp = self.stamp()
+            self.discard()
         self._ended(self, code, error)
 
     def discard(self) -> None:

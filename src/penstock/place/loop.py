@@ -20,7 +20,7 @@ import asyncio
 import inspect
 import time
 from collections import deque
-from collections.abc import AsyncIterable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from typing import Any
 
 from penstock.place.base import (
@@ -30,6 +30,7 @@ from penstock.place.base import (
     MAP,
     OK,
     PART_SIZE,
+    PARTS_OUT,
     SLICE,
     SPREAD,
     STREAM,
@@ -37,11 +38,10 @@ from penstock.place.base import (
     Pool,
     Task,
     as_failure,
-    bind,
-    in_closing,
     is_async,
     spread_async,
 )
+from penstock.place.objects import bind, close_all_async
 
 __all__ = ["LoopPool", "clock_of", "is_cancelled"]
 
@@ -51,7 +51,6 @@ _FIRST_SAMPLES = 128
 _LEAST_OFTEN = 256  # of short ones, every so manieth is timed; the first ones more often
 _LOOK_EVERY = 8
 _MOST_AHEAD = 512
-_PARTS_OUT = 2
 _WELL = (OK, DROPPED)
 
 
@@ -76,7 +75,7 @@ class _Stream:
 
     def __init__(self, scope: asyncio.Timeout | None, timeout: float | None) -> None:
         self.part: list[Any] = []
-        self.left = _PARTS_OUT
+        self.left = PARTS_OUT
         self.waiter: asyncio.Future[None] | None = None
         self.scope = scope
         self.timeout = timeout
@@ -88,7 +87,10 @@ class LoopPool(Pool):
     async def open(self) -> None:
         loop = self._loop = asyncio.get_running_loop()
         self._clock = clock_of(loop)
-        self._calls, self._closers = bind(self.chain)  # first: if it raises, there is nothing to abort
+        self._calls, self._closers, failure = bind(self.chain)  # first: if it fails, there is nothing to abort
+        if failure is not None:
+            await close_all_async(self._closers, self.chain.name)
+            raise failure
         self._queue: deque[Task] = deque()
         self._finished: list[Task] = []
         self._asleep: list[asyncio.Future[None]] = []
@@ -138,10 +140,13 @@ class LoopPool(Pool):
 
     def _rouse(self) -> None:
         """Wake a sleeping resident, or make one; at most two are on their way at a time."""
-        if self._asleep:
-            self._rousing += 1
-            self._asleep.pop().set_result(None)
-        elif len(self._residents) < self.workers and not self._aborting:
+        while self._asleep:
+            asleep = self._asleep.pop()
+            if not asleep.done():  # or its resident was cancelled
+                self._rousing += 1
+                asleep.set_result(None)
+                return
+        if len(self._residents) < self.workers and not self._aborting:
             self._rousing += 1
             resident = self._loop.create_task(self._reside(), name=f"penstock {self.chain.name}")
             self._residents.append(resident)
@@ -154,6 +159,14 @@ class LoopPool(Pool):
             self.done(finished)
 
     async def _reside(self) -> None:
+        try:
+            await self._work()
+        except asyncio.CancelledError as error:
+            if not self._aborting:  # whoever cancelled it, between two items or in one: the pool has failed
+                self.failed(as_failure(self.chain.name, error))
+            raise
+
+    async def _work(self) -> None:
         self._rousing -= 1
         queue, finished = self._queue, self._finished
         calls, clock, plain = self._calls, self._clock, self._plain
@@ -239,7 +252,6 @@ class LoopPool(Pool):
         if self._aborting and isinstance(error, (asyncio.CancelledError, GeneratorExit)):
             raise error
         if isinstance(error, asyncio.CancelledError) and is_cancelled():
-            self.failed(as_failure(self.chain.name, error))
             raise error
         task.at = step
         task.value = value
@@ -330,6 +342,8 @@ class LoopPool(Pool):
             raise
         finally:
             del self._streams[id(task)]
+            if isinstance(result, AsyncGenerator):
+                await result.aclose()
 
     def _renew(self, stream: _Stream) -> None:
         if stream.scope is not None and stream.timeout is not None:
@@ -372,14 +386,6 @@ class LoopPool(Pool):
         for task in self._finished:
             task.error = None  # its traceback holds a resident's frame, which may hold the task: a cycle nobody sees
         self._finished.clear()
-        failure: Exception | None = None
-        for closer in self._closers():
-            try:
-                result = closer()
-                if inspect.isawaitable(result):
-                    await result
-            except Exception as error:
-                error.add_note(in_closing(self.chain.name))
-                failure = failure or error
+        failure = await close_all_async(self._closers, self.chain.name)
         if failure is not None:
             raise failure

@@ -22,7 +22,7 @@ from collections import deque
 from math import inf
 from typing import Any
 
-from penstock.place.base import PART_SIZE, SLICE
+from penstock.place.base import PART_SIZE, PARTS_OUT, SLICE
 from penstock.place.remote import FrozenError
 from penstock.place.wire import PART, PLAIN, RESULTS, Parcel, Postbox
 
@@ -30,8 +30,6 @@ __all__ = ["Odd", "Outbox"]
 
 _HEAVY = 1024 * 1024
 """Bytes after which results are sent whatever the time."""
-
-_PARTS_OUT = 2
 
 
 class Odd:
@@ -116,7 +114,7 @@ class Outbox:
             self._part.discard()  # of an expansion that failed
             self._part, self._part_since = Parcel(self._postbox), inf
             self._stream = number
-            self._credit = _PARTS_OUT
+            self._credit = PARTS_OUT
 
     def grant(self) -> None:
         """One more part may be out."""

@@ -376,9 +376,11 @@ _FACTORY: type = type(_Default.__struct_defaults__[0])
 
 def _reduce_error(error: BaseException) -> Any:
     kind = type(error)
-    if kind.__reduce__ is not BaseException.__reduce__ or type(kind.__init__) is not types.FunctionType:
+    usual = kind.__reduce__ in (BaseException.__reduce__, OSError.__reduce__)
+    if not usual or type(kind.__init__) is not types.FunctionType:
         return NotImplemented
-    return _remake_error, (kind, error.args), error.__dict__, None, None, _refill_error
+    arguments: Any = error.__reduce__()[1]  # of an OSError with its file's name, too
+    return _remake_error, (kind, arguments), error.__dict__, None, None, _refill_error
 
 
 def _remake_error(kind: type[BaseException], arguments: tuple[Any, ...]) -> BaseException:

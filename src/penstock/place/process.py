@@ -28,19 +28,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
-from penstock.errors import CannotSend, StageTimeout, WorkerDied
-from penstock.place.base import DIED, FAILED, GRACE, OK, PENDING, SLICE, TIMED_OUT, Chain, Pool, Task, outside
-from penstock.place.link import Link, environment
-from penstock.place.pickling import dumps
-from penstock.place.remote import FrozenError, in_words, refusal, thaw_error
+from penstock.errors import StageTimeout, WorkerDied
+from penstock.place.base import (
+    DIED,
+    DROPPED,
+    FAILED,
+    GRACE,
+    OK,
+    PARTS_OUT,
+    PENDING,
+    SLICE,
+    TIMED_OUT,
+    Chain,
+    Pool,
+    Task,
+    outside,
+)
+from penstock.place.link import Link, environment, what_to_start
+from penstock.place.remote import FrozenError, refusal, thaw_error
 from penstock.place.wire import CLOSE, DONE, GRANT, PART, READY, RESULTS, START, TASKS, Delivery, Parcel
 
 __all__ = ["ProcessPool"]
@@ -54,7 +66,6 @@ _HEAVY = 1024 * 1024
 _SLOW = 0.005
 """Seconds of service, or of silence, from which nothing is sent ahead."""
 
-_PARTS_OUT = 2
 _DEATHS = 3
 _KILLS = 10
 _log = logging.getLogger("penstock")
@@ -112,7 +123,8 @@ class ProcessPool(Pool):
 
     async def open(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._pack()
+        self._start = what_to_start(self.chain, self._sent)
+        self._environment = environment(self.workers)
         self._opening = self._loop.create_future()
         try:
             for index in range(self.workers):
@@ -122,27 +134,6 @@ class ProcessPool(Pool):
             await self.abort()
             raise
         self._opening = None
-
-    def _pack(self) -> None:
-        """Pickle the chain, once for all workers there will be."""
-        try:
-            directory = os.getcwd()
-        except FileNotFoundError:
-            directory = None
-        chain = self._pickle_chain()
-        self._environment = environment(self.workers)
-        self._start = (self.chain.name, list(sys.path), directory, os.environ.get("PYTHONPATH"), chain)
-
-    def _pickle_chain(self) -> bytes:
-        try:
-            return dumps(self.chain, self._sent, grows=True)
-        except Exception:
-            for step in self.chain.steps:
-                try:
-                    dumps(step.call, {})
-                except Exception as error:
-                    raise CannotSend(step.name, type(step.call).__name__, in_words(error)) from error
-            raise
 
     def _spawn(self, index: int) -> Link:
         link = Link(
@@ -276,9 +267,13 @@ class ProcessPool(Pool):
             link.done = True
             if delivery.body is not None and self._close_error is None:
                 self._close_error = thaw_error(delivery.body)
-            link.timer = self._loop.call_later(GRACE, link.kill)  # threads of the user's may keep it from ending
+            if link.timer is not None:
+                link.timer.cancel()
+            link.timer = self._loop.call_later(GRACE, self._hurry, link)
 
     def _on_results(self, link: Link, delivery: Delivery) -> None:
+        if link.condemned is not None and self.chain.streams:
+            return  # parts of it weren't taken any more: its end settles it
         odd, timings, busy = delivery.body
         values = delivery.values
         count = len(values)
@@ -294,12 +289,12 @@ class ProcessPool(Pool):
                 task.outcome = OK
         else:
             for index, task in enumerate(tasks):
-                if index in odd:
-                    self._settle(task, delivery, index, *odd[index])
-                    continue
                 try:
-                    task.value = delivery.thaw(index)
-                    task.outcome = OK
+                    if index in odd:
+                        self._settle(task, delivery, index, *odd[index])
+                    else:
+                        task.value = delivery.thaw(index)
+                        task.outcome = OK
                 except Exception as error:
                     self._refuse(task, len(self.chain.steps) - 1, None, error)
             if any(task.outcome == PENDING for task in tasks):
@@ -316,13 +311,12 @@ class ProcessPool(Pool):
         task: Task, delivery: Delivery, index: int, outcome: int, at: int, error: FrozenError | None, moved: bool
     ) -> None:
         """What isn't OK. ``moved``: what the step was given travelled back, so the task now stands before it."""
+        task.stopped = at
         if moved:
-            try:
+            with suppress(Exception):  # or it stays where it came in
                 task.value = delivery.thaw(index)
                 task.at = at
-            except Exception:
-                pass  # it stays where it came in
-        else:
+        elif outcome == DROPPED:
             task.at = at
         task.outcome = outcome
         task.error = None if error is None else thaw_error(error)
@@ -349,7 +343,7 @@ class ProcessPool(Pool):
         link.since = time.monotonic()
         link.parted = True
         link.parts_out += 1
-        if link.parts_out == _PARTS_OUT:  # it may have to wait for us: until then it isn't at work
+        if link.parts_out == PARTS_OUT:  # it may have to wait for us: until then it isn't at work
             link.paused = True
             self._count(-1)
         try:
@@ -431,7 +425,7 @@ class ProcessPool(Pool):
                 return
         try:
             self._links[link.index] = self._spawn(link.index)
-        except OSError as problem:
+        except Exception as problem:  # the system has no room for another process, or for the thread that waits for it
             self._fail(problem)
         if charged is not None:
             self._finish([charged])
@@ -472,10 +466,15 @@ class ProcessPool(Pool):
         if self._close_error is not None:
             raise self._close_error
 
+    def _hurry(self, link: Link) -> None:
+        """It has closed its objects, and doesn't end: threads of the user's keep it."""
+        _log.warning("stage %r: a worker that had closed its objects didn't end and was killed", self.chain.name)
+        link.kill()
+
     async def _all_ended(self) -> None:
         if self._alive:
-            self._ended = self._loop.create_future()
-            await self._ended
+            self._ended = self._ended or self._loop.create_future()
+            await asyncio.shield(self._ended)
 
     async def abort(self) -> None:
         if self._aborted:

@@ -17,6 +17,7 @@ from types import SimpleNamespace, TracebackType
 from typing import Any
 
 from penstock.errors import CannotSend
+from penstock.place.base import annotate
 from penstock.place.pickling import dumps, received
 
 __all__ = ["FrozenError", "freeze_error", "in_words", "refusal", "thaw_error"]
@@ -46,11 +47,11 @@ def freeze_error(error: BaseException) -> FrozenError:
 
 def _attributes(error: BaseException) -> dict[str, Any]:
     """What of an exception's attributes always travels."""
-    found: dict[str, Any] = {
-        name: value
-        for name, value in getattr(error, "__dict__", {}).items()
-        if name != "response" and type(value) in _PLAIN and len(str(value)) <= _LONGEST
-    }
+    found: dict[str, Any] = {}
+    for name, value in getattr(error, "__dict__", {}).items():
+        with suppress(ValueError):  # an int of thousands of digits has no text
+            if name != "response" and type(value) in _PLAIN and len(str(value)) <= _LONGEST:
+                found[name] = value
     try:
         response: Any = getattr(error, "response")  # noqa: B009  # by this name nearly every SDK has it
         headers = {str(name): str(value) for name, value in dict(response.headers).items()}
@@ -101,10 +102,10 @@ def thaw_error(frozen: FrozenError) -> BaseException:
     if not isinstance(error, BaseException):
         error = _likeness(name)(message)
     for attribute, value in attributes.items():
-        if not hasattr(error, attribute):
-            with suppress(Exception):  # it may be a property, or there may be slots
+        with suppress(Exception):  # it may be a property, or there may be slots
+            if not hasattr(error, attribute):
                 setattr(error, attribute, SimpleNamespace(**value) if attribute == "response" else value)
-    error.add_note(text)
+    annotate(error, text)
     return error
 
 

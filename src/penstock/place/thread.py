@@ -119,8 +119,8 @@ class ThreadPool(Pool):
         worker = Worker(self._exchange, index)
         name = f"penstock-{self.chain.name}-{index}"
         worker.thread = threading.Thread(target=copy_context().run, args=(worker.main,), name=name, daemon=True)
-        self._count(1)
         worker.thread.start()
+        self._count(1)
         self._alive.add(worker)
         return worker
 
@@ -301,7 +301,11 @@ class ThreadPool(Pool):
         if count > self.workers * self.chain.attempts:
             self.failed(AbandonedThreads(self.chain.name, count))
             return False
-        self._workers[worker.index] = self._start(worker.index)
+        try:
+            self._workers[worker.index] = self._start(worker.index)
+        except RuntimeError as error:  # the system has no room for another thread
+            self.failed(error)
+            return False
         return True
 
     # -- the end ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +41,11 @@ from penstock.place.base import (
     SPREAD,
     STREAM,
     Chain,
-    bind,
-    in_closing,
     set_worker_index,
     spread,
     spread_async,
 )
+from penstock.place.objects import bind, close_all
 from penstock.place.outbox import Outbox
 from penstock.place.pickling import LostClass, received
 from penstock.place.remote import freeze_error, in_words, refusal
@@ -74,8 +75,8 @@ _CALM = PLAIN | {list, dict, tuple, set, bytearray}
 def main(arguments: list[str]) -> None:
     """Work until the parent closes the socket or says CLOSE."""
     wire, outward, inward, parent = map(int, arguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _leave_to_the_parent(signal.SIGINT, signal.default_int_handler)
+    _leave_to_the_parent(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     _die_with(parent)
     bytearray(_KEPT)
@@ -95,6 +96,13 @@ def main(arguments: list[str]) -> None:
         worker.outbox.flush()
         _end_within(GRACE, leaving)
         raise
+
+
+def _leave_to_the_parent(number: signal.Signals, usual: Any) -> None:
+    """Do nothing at this signal: but processes that the user's code starts know it as usual, as ignoring would not."""
+    signal.signal(number, lambda *_: None)
+    signal.siginterrupt(number, False)
+    os.register_at_fork(after_in_child=partial(signal.signal, number, usual))
 
 
 def _end_within(seconds: float, leaving: SystemExit) -> None:
@@ -130,7 +138,7 @@ class Worker:
         self._runner: asyncio.Runner | None = None
         self._calls: list[Any] = []
         self._verbs: list[int] = []
-        self._closers: Callable[[], list[Any]]
+        self._closers: list[Callable[[], Any]] = []
         self._chain: Chain
 
     # -- the socket ---------------------------------------------------------------------------------------------------
@@ -157,24 +165,31 @@ class Worker:
 
     def start(self) -> bool:
         """Build what the chain needs; False if that failed, which the parent is told."""
-        index, name, path, directory, python_path, chain = self._next().body
+        index, name, arguments, path, directory, python_path, chain = self._next().body
+        sys.argv[:] = arguments
         sys.path[:] = path
-        if directory is not None:
-            os.chdir(directory)
         os.environ.pop("PYTHONPATH", None)
         if python_path is not None:
             os.environ["PYTHONPATH"] = python_path
         set_worker_index(index)
+        failure: BaseException | None
         try:
+            if directory is not None:
+                os.chdir(directory)
             try:
                 self._chain = pickle.loads(chain)
             except Exception as error:
                 raise CannotSend(name, "function", _UNREADABLE + in_words(error)) from error
             self._verbs = [step.verb for step in self._chain.steps]
-            self._calls, self._closers = bind(self._chain)
+            self._calls, self._closers, failure = bind(self._chain)
         except Exception as error:
-            self.outbox.send(READY, freeze_error(error))
+            failure = error
+        if isinstance(failure, Exception):
+            close_all(self._closers, name, self._await)
+            self.outbox.send(READY, freeze_error(failure))
             return False
+        if failure is not None:
+            raise failure
         self.outbox.send(READY, None)
         return True
 
@@ -183,16 +198,10 @@ class Worker:
         while (delivery := self._next()).kind != CLOSE:
             if delivery.kind == TASKS:
                 self._run_chunk(delivery)
-        failure = None
-        for closer in self._closers():
-            try:
-                self._await(closer())
-            except Exception as error:
-                error.add_note(in_closing(self._chain.name))
-                failure = failure or freeze_error(error)
+        failure = close_all(self._closers, self._chain.name, self._await)
         if self._runner is not None:
             self._runner.close()
-        self.outbox.send(DONE, failure)
+        self.outbox.send(DONE, None if failure is None else freeze_error(failure))
 
     # -- tasks ------------------------------------------------------------------------------------------------------
 
@@ -208,6 +217,8 @@ class Worker:
         now = clock()
         for index in range(len(values)):
             at = ats.get(index, 0) if ats else 0
+            if results and not outbox.armed:
+                outbox.ring()
             try:
                 if delivery.plain:
                     value = values[index]
@@ -219,8 +230,6 @@ class Worker:
                 self._refuse(at, error)
                 continue
             self._until_sample -= 1
-            if results and not outbox.armed:
-                outbox.ring()
             if simple and self._until_sample > 0:  # the same as _run, for what is quick
                 times[1] = now
                 words[0] = (first + index) << 16
@@ -229,7 +238,9 @@ class Worker:
                     if type(result) in PLAIN:
                         results.append(result)
                     else:
-                        self._add(0, result if type(result) in _CALM else self._await(result))
+                        result = result if type(result) in _CALM else self._await(result)
+                        times[1] = inf  # what only waits to be sent is in time
+                        self._add(0, result)
                 except BaseException as error:
                     self._fail(error, 0, 0, value)
             else:
@@ -305,16 +316,13 @@ class Worker:
         self._leave(FAILED, at, step, error, given)
 
     def _leave(self, outcome: int, at: int, step: int, error: BaseException | None, given: Any) -> None:
-        """Report what isn't OK, with what the step was given if the parent doesn't have that itself."""
+        """Report what isn't OK, with what the step was given if the parent doesn't have that and may try it again."""
         frozen = None if error is None else freeze_error(error)
-        if step == at:
-            self.outbox.add_odd(outcome, at, frozen)
-            return
-        try:
-            self.outbox.add_odd(outcome, step, frozen, given)
-        except Exception:
-            # What the step was given can't go back: the task returns to where it came in.
-            self.outbox.add_odd(outcome, at, frozen)
+        if step > at and outcome != DROPPED:
+            with suppress(Exception):  # it can't go back: then the task returns to where it came in
+                self.outbox.add_odd(outcome, step, frozen, given)
+                return
+        self.outbox.add_odd(outcome, step, frozen)
 
     # -- what functions may return ------------------------------------------------------------------------------------
 
@@ -349,8 +357,12 @@ class Worker:
             if hasattr(type(result), "__aiter__"):
 
                 async def drain() -> None:
-                    async for output in result:
-                        self._emit(number, output)
+                    try:
+                        async for output in result:
+                            self._emit(number, output)
+                    finally:
+                        if isinstance(result, AsyncGenerator):
+                            await result.aclose()
 
                 self._loop_run(drain())
             else:
