@@ -59,8 +59,9 @@ def killed_half_way() -> None:
 
     asyncio.run(fill())
     consumer = subprocess.Popen([sys.executable, __file__, "--consume"])
-    while not RESULTS.exists() or RESULTS.read_text().count("\n") < 2:
+    while consumer.poll() is None and (not RESULTS.exists() or RESULTS.read_text().count("\n") < 2):
         time.sleep(0.01)
+    assert consumer.poll() is None, "the consumer has ended before it could be killed"
     consumer.kill()
     consumer.wait()
     print(f"killed after {RESULTS.read_text().count(chr(10))} of 5; again:")

@@ -107,7 +107,7 @@ def test_fresh_begins_again(tmp_path: Path) -> None:
     async def late() -> None:
         async with ps.ParameterServer(start(), ps.SGD(lr=1), checkpoint=str(tmp_path / "run")) as server:
             await server.push(count(None, [0]), version=0)
-            with pytest.raises(PlanError, match="has applied 1 updates since it was opened"):
+            with pytest.raises(PlanError, match="has applied 1 updates since it was made"):
                 await server.fit(count, ps.Flow(range(4)), fresh=True)
             assert server.version == 11
 

@@ -31,8 +31,8 @@ _LONGEST = 4096
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def freeze_error(error: BaseException) -> FrozenError:
-    """An exception in a form that always travels."""
+def freeze_error(error: BaseException, where: str = "worker process") -> FrozenError:
+    """An exception in a form that always travels; ``where`` it was raised."""
     try:
         pickled = dumps(error, received)
     except Exception:
@@ -41,7 +41,7 @@ def freeze_error(error: BaseException) -> FrozenError:
         message = str(error)
     except Exception:  # a __str__ of the user's
         message = ""
-    text = f"In worker process {os.getpid()}:\n{_story(error)}"
+    text = f"In {where} {os.getpid()}:\n{_story(error)}"
     return pickled, type(error).__name__, message, text, _attributes(error)
 
 

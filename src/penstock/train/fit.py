@@ -16,7 +16,18 @@ from penstock.errors import PlanError
 from penstock.flow.contract import is_subscribed
 from penstock.flow.flow import Flow, changed
 from penstock.flow.job import Job
-from penstock.flow.stage import Batch, FlatMap, MapBatches, Stage, Unbatch, Work, describe, function_name, positive
+from penstock.flow.stage import (
+    Batch,
+    FlatMap,
+    MapBatches,
+    Stage,
+    Take,
+    Unbatch,
+    Work,
+    describe,
+    function_name,
+    positive,
+)
 from penstock.place.base import PerWorker, is_async
 from penstock.train.epochs import Epochs, check_epochs, epoch_of
 from penstock.train.learner import Learner
@@ -77,6 +88,11 @@ def check_fit(given: Fit) -> None:
         )
     if given.stop is not None and given.evaluate is None:
         raise PlanError("fit(stop=…) without evaluate: there are no scores to judge", "Give evaluate=, too")
+    if given.epochs > 1 and any(isinstance(stage, Take) for stage in flow.stages):
+        raise PlanError(
+            f"fit(epochs={given.epochs}) over a flow with take(…), which counts over all epochs together",
+            "Cut the samples themselves, for instance ps.Flow(samples[:1000])",
+        )
     for stage in flow.stages:
         if isinstance(stage, Unbatch) or (isinstance(stage, FlatMap) and stage.whole):
             raise PlanError(

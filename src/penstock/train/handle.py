@@ -15,9 +15,10 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-from penstock.errors import Closed, PlanError
+from penstock.errors import Closed
+from penstock.place.remote import thaw_error
 from penstock.train.kernels import Array
-from penstock.train.params import Layout
+from penstock.train.params import Layout, as_version
 from penstock.train.slot import FAILED, MESSAGE, PULL, PUSH, Slot
 
 __all__ = ["AT_ONCE", "Handle", "handle_of"]
@@ -80,8 +81,7 @@ class Handle:
     def push_sync(self, gradients: Any, *, version: int) -> int:
         """``push`` for code that isn't async."""
         vectors = self.layout.vectors(gradients)
-        if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version < _HIGHEST:
-            raise PlanError(f"push(version={version!r})", "Give the version that pull returned with the parameters")
+        version = as_version(version, _HIGHEST)
         with self._lock:
             return self._ask(self._connected(), PUSH, version, vectors)
 
@@ -130,7 +130,7 @@ class Handle:
                 raise Closed("the parameter server") from None
             raise
         if kind == FAILED:
-            raise pickle.loads(told)
+            raise thaw_error(pickle.loads(told))
         return int(number)
 
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from penstock.errors import MissingDependency
 
-__all__ = ["Array", "accumulate", "adam", "copy_checked", "first_bad", "momentum", "sgd", "squares"]
+__all__ = ["Array", "accumulate", "adam", "first_bad", "momentum", "sgd", "squares"]
 
 Array = NDArray[Any]
 """A contiguous vector of float32 or float64."""
@@ -62,11 +62,6 @@ def first_bad(g: Array) -> int:
     return int(_first_bad(g))
 
 
-def copy_checked(target: Array, g: Array) -> float:
-    """Copy ``g`` to ``target`` and return its ``squares``, in one pass."""
-    return float(_copy_checked(g, target))
-
-
 def accumulate(total: Array, g: Array) -> None:
     """``total += g``."""
     _accumulate(g, total)
@@ -78,7 +73,8 @@ def sgd(w: Array, g: Array, rate: float, scale: float = 1.0) -> None:
 
 
 def momentum(w: Array, m: Array, g: Array, rate: float, scale: float = 1.0, momentum: float = 0.9) -> None:
-    """``m = momentum*m + scale*g; w -= rate*m``, as Polyak (1964) has it, without dampening."""
+    """``m = momentum*m + scale*g; w -= rate*m``, as PyTorch has it, without dampening: while the rate is the same, the
+    heavy ball of Polyak (1964)."""
     _momentum(g, w, m, factors=(rate, scale, momentum))
 
 
@@ -215,15 +211,6 @@ def _find_bad(g: Array) -> int:
     return -1
 
 
-def _copy_and_sum(g: Array, target: Array) -> float:
-    total = 0.0
-    for i in range(g.size):
-        target[i] = g[i]
-        x = np.float64(g[i])
-        total += x * x
-    return total
-
-
 def _add(g: Array, total: Array) -> None:
     for i in range(g.size):
         total[i] += g[i]
@@ -276,7 +263,6 @@ def _step_adam(
 
 _squares = _Loop(_sum_squares, reorder=True)
 _first_bad = _Loop(_find_bad)
-_copy_checked = _Loop(_copy_and_sum, reorder=True)
 _accumulate = _Loop(_add)
 _sgd = _Loop(_step_sgd)
 _momentum = _Loop(_step_momentum)

@@ -20,13 +20,13 @@ import asyncio
 import inspect
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from dataclasses import replace
 from itertools import groupby
+from math import isfinite
 from typing import Any
 
-from penstock.errors import CannotEncode, PlanError
+from penstock.errors import PlanError
 from penstock.flow.blocking import Desk
-from penstock.flow.codec import encode_json
 from penstock.flow.contract import Delta, JobId, Origin
 from penstock.flow.journal import Journal
 from penstock.flow.output import OnDesk
@@ -73,6 +73,8 @@ class Learner:
         self._uncommitted = 0
         self._epoch = -1  # the last epoch of which a snapshot was taken
         self._scored_until = -1
+        self._failure: Exception | None = None  # of an evaluation, to be raised when the run is over
+        self._unscored = False  # whether anything was applied since the last snapshot
         self.scores: list[Any] = []
         self.stopped = False
         self.samples = 0
@@ -112,6 +114,8 @@ class Learner:
         if self._store is None:
             return Progress()
         progress: Progress = await self._disk.call(self._open, self._store, job)
+        if self.stopped:  # what another ``stop``, or none, may see otherwise
+            self.stopped = self._stop is not None and bool(await self._called(self._stop, list(self.scores)))
         assert self._journal is not None
         known = OnDesk(self._disk, self._journal)
         progress.states = known
@@ -126,7 +130,7 @@ class Learner:
             store.load()
         self._journal = store.journal(job)
         progress = self._journal.load(job)
-        self.scores = list(self._journal.state.get("scores", ()))
+        self.scores = [_restored(score) for score in self._journal.state.get("scores", ())]
         self.stopped = bool(self._journal.state.get("stopped"))
         self._epoch = self._scored_until = self._journal.state.get("epoch", -1)
         return progress
@@ -162,42 +166,52 @@ class Learner:
         return epoch_of(output[0][0][0]) if self._epochs > 1 and self._evaluate is not None else 0
 
     async def _learn(self, outputs: Sequence[tuple[Origin, Sequence[Any]]]) -> None:
-        units = [value for _, values in outputs for value in values]
-        self._uncommitted += len(units)
+        self._uncommitted += len(outputs)
+        self._unscored = True
         if self._weights.layout.bytes <= AT_ONCE:
-            tickets = self._apply(units)
+            tickets, samples = self._apply(outputs)
         else:
-            tickets = await self._desk.call(self._apply, units)
-        self.samples += sum(len(origin) for origin, _ in outputs)
+            tickets, samples = await self._desk.call(self._apply, outputs)
+        self.samples += samples
         self._tickets.applied(tickets)
 
-    def _apply(self, units: Sequence[Any]) -> list[int]:
+    def _apply(self, outputs: Sequence[tuple[Origin, Sequence[Any]]]) -> tuple[list[int], int]:
+        """Returns the tickets that are over, and how many samples were learned from: not those of dropped gradients."""
         weights = self._weights
-        tickets = []
-        for unit in units:
-            gradients: Sequence[Gradient] = unit if isinstance(unit, list) else (unit,)
-            if isinstance(unit, list):
-                weights.apply_mean([(one.vectors, one.version) for one in gradients])
-            else:
-                weights.apply(unit.vectors, unit.version)
-            for one in gradients:
-                tickets.append(one.ticket)
-                if one.loss is not None:
-                    self.losses.append(one.loss)
-        return tickets
+        tickets: list[int] = []
+        samples = 0
+        for origin, units in outputs:
+            learned = False
+            for unit in units:
+                gradients: Sequence[Gradient] = unit if isinstance(unit, list) else (unit,)
+                if isinstance(unit, list):
+                    weights.apply_mean([(one.vectors, one.version) for one in gradients])
+                    applied = True
+                else:
+                    applied = weights.apply(unit.vectors, unit.version)
+                learned = learned or applied
+                tickets += [one.ticket for one in gradients]
+                if applied:
+                    self.losses.extend(one.loss for one in gradients if one.loss is not None)
+            samples += len(origin) if learned else 0
+        return tickets, samples
 
     async def commit(self, delta: Delta) -> Positions:
         """Make a checkpoint of the weights as they are, with this progress; the last one with the last score."""
         if delta.finished:
-            with suppress(Exception):  # what was learned counts all the same; ``finish`` tries again and raises it
+            try:
                 await self.finish()
+            except Exception as error:  # what was learned counts all the same; ``finish`` raises it afterwards
+                self._failure = error
+            if self.stopped:
+                delta = replace(delta, finished=False)  # there is more, for a run that isn't stopped
         store = self._store
         if store is not None:
             journal = self._journal
             assert journal is not None
             small = self._weights.layout.bytes <= AT_ONCE
             snapshot = self._weights.snapshot() if small else await self._desk.call(self._weights.snapshot)
-            state = {"scores": self.scores, "epoch": self._scored_until, "stopped": self.stopped}
+            state = {"scores": list(map(_stored, self.scores)), "epoch": self._scored_until, "stopped": self.stopped}
             await self._disk.call(store.save, snapshot, lambda: journal.transaction(delta, state))
         self._uncommitted = 0
         return Positions()
@@ -218,6 +232,7 @@ class Learner:
         if self.stopped:
             return
         self._epoch = epoch
+        self._unscored = False
         self._evaluating = asyncio.get_running_loop().create_task(self._score(self._params(), epoch))
 
     async def _scored(self) -> None:
@@ -241,9 +256,15 @@ class Learner:
 
     async def finish(self) -> None:
         """Evaluate what the last epoch has made of the parameters, if it isn't yet. Raises what ``evaluate`` raised."""
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
         await self._scored()
-        if self._evaluate is not None and not self.stopped and self._scored_until < self._epochs - 1:
+        if self._evaluate is None or self.stopped:
+            return
+        if self._unscored or self._scored_until < self._epochs - 1:
             self._epoch = self._epochs - 1
+            self._unscored = False
             await self._score(self._params(), self._epoch)
 
     async def end(self) -> None:
@@ -256,14 +277,26 @@ class Learner:
 
 
 def _as_score(value: Any) -> Any:
-    """A score as JSON can hold it. Raises PlanError for one that it can't."""
+    """A score: a number, or a dict of numbers. Raises PlanError for anything else."""
     if isinstance(value, dict):
         return {str(name): _as_score(one) for name, one in value.items()}
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:
         value = value.item()
-    try:
-        encode_json(value)
-    except CannotEncode as error:
-        told = f"evaluate returned a {type(value).__name__}, and scores are kept with the checkpoint"
-        raise PlanError(told, "Return a number, or a dict of numbers") from error
-    return value
+    if isinstance(value, (int, float)):
+        return value
+    told = f"evaluate returned a {type(value).__name__}, and scores are kept with the checkpoint"
+    raise PlanError(told, "Return a number, or a dict of numbers")
+
+
+def _stored(score: Any) -> Any:
+    """A score as JSON holds it: what isn't finite as text."""
+    if isinstance(score, dict):
+        return {name: _stored(one) for name, one in score.items()}
+    return score if isfinite(score) else repr(float(score))
+
+
+def _restored(stored: Any) -> Any:
+    """What ``_stored`` made of a score, as it was."""
+    if isinstance(stored, dict):
+        return {name: _restored(one) for name, one in stored.items()}
+    return float(stored) if isinstance(stored, str) else stored

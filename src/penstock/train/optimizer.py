@@ -113,7 +113,6 @@ class Optimizer(ABC):
         for dtype in dtypes:
             empty = np.empty(0, dtype)
             kernels.squares(empty)
-            kernels.copy_checked(empty, empty)
             kernels.accumulate(empty, empty)
             self.update([empty], [[empty] for _ in self.slots], [empty], 0)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite, prod
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from penstock.flow.text import with_article
 from penstock.train import kernels
 from penstock.train.kernels import Array
 
-__all__ = ["Layout", "first_bad_plainly"]
+__all__ = ["Layout", "as_version", "first_bad_plainly"]
 
 _ONLY = "the only one"  # the name of a parameter that is all there is, in messages
 _KINDS = ("float32", "float64")
 _BLOCK = 1 << 15
+_RESERVED = "__metadata__"
 
 
 class Layout:
@@ -47,6 +49,7 @@ class Layout:
                     "of PyTorch's, value.detach()",
                 )
         self.names = tuple(arrays)
+        self._known = frozenset(arrays)
         self.shapes = tuple(array.shape for array in arrays.values() if array is not None)
         self.kinds = tuple(array.dtype for array in arrays.values() if array is not None)
         self._tree = _named(params, "")
@@ -77,7 +80,7 @@ class Layout:
             raise GradientRejected("", f"a {type(gradients).__name__} was given, expected {wanted}")
         given = dict(_leaves(gradients, ""))
         missing = [name for name in self.names if name not in given]
-        further = [name for name in given if name not in self.names]
+        further = [name for name in given if name not in self._known]
         if missing:
             also = f"; {further[0]!r} was given, which is no parameter" if further else ""
             raise GradientRejected(missing[0], f"it is missing{also}. Give one for each of {', '.join(self.names)}")
@@ -113,6 +116,17 @@ class Layout:
                 )
 
 
+def as_version(version: Any, most: int, told: str = "") -> int:
+    """The version that was given with gradients, from 0 to ``most``. Raises PlanError; ``told``: what else it says."""
+    try:
+        number = -1 if isinstance(version, bool) else index(version)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= most:
+        raise PlanError(f"push(version={version!r}){told}", "Give the version that pull returned with the parameters")
+    return number
+
+
 def first_bad_plainly(vector: Array) -> int:
     """The index of the first element that is NaN or infinite, or -1, for processes that compile nothing."""
     for start in range(0, vector.size, _BLOCK):
@@ -140,6 +154,8 @@ def _check_keys(tree: Any, name: str) -> None:
     for key, value in tree.items():
         if not isinstance(key, str) or not key or "/" in key:
             raise PlanError(f"the parameters have the key {key!r} in {name or 'their dict'}", "Give text without '/'")
+        if key == _RESERVED and not name:
+            raise PlanError(f"a parameter is named {key!r}, a name that safetensors keeps to itself", "Give it another")
         _check_keys(value, f"{name}/{key}" if name else key)
 
 

@@ -18,8 +18,8 @@ class TrainingReport(Report):
     ``version``: how many updates they have had in all. ``updates``: how many in this run, and ``dropped`` how many
     gradients were too stale to be applied. ``samples``: those that were learned from in this run. ``loss``: the mean of
     the last 100 gradients' losses; None if none had one. ``scores``: what ``evaluate`` returned, epoch by epoch,
-    earlier runs included; ``stopped``: whether ``stop`` has ended the training. ``staleness``: how many gradients of
-    this run were how many updates late when they were applied.
+    earlier runs included (not over a topic, which has no end); ``stopped``: whether ``stop`` has ended the training.
+    ``staleness``: how many gradients of this run were how many updates late when they were applied.
     """
 
     version: int = 0

@@ -20,13 +20,14 @@ the end.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal, Self, TypeVar
 
-from penstock.errors import Closed, PlanError
+from penstock.errors import Closed, PlanError, WriteFailed
 from penstock.flow.blocking import Desk, Ending
 from penstock.flow.commit import uninterrupted
 from penstock.flow.contract import Until
@@ -36,6 +37,7 @@ from penstock.train.checkpoint import Checkpoint, as_checkpoint
 from penstock.train.consistency import ASP, Consistency
 from penstock.train.fit import Fit, check_fit, job_of
 from penstock.train.handle import AT_ONCE, Handle, handle_of
+from penstock.train.kernels import Array
 from penstock.train.learner import Learner
 from penstock.train.optimizer import SGD, Optimizer
 from penstock.train.report import TrainingReport, training_report
@@ -48,6 +50,8 @@ from penstock.train.worker import one_thread
 __all__ = ["ParameterServer"]
 
 T = TypeVar("T")
+
+_log = logging.getLogger("penstock")
 
 _PLACES = ("local", "shared")
 _NO_TICKET = PlanError(
@@ -253,16 +257,19 @@ class ParameterServer:
 
         Raises GradientRejected, which names the parameter, for another form, shape or type, for NaN and infinity;
         PlanError for a version that isn't there yet, and under BSP, whose rounds only ``fit`` makes; Closed outside of
-        ``async with``. Nothing is changed then. Cancelled, it is applied as a whole or not at all; until the server is
-        closed, its arrays may still be read.
+        ``async with``. Nothing is changed then. A checkpoint that can't be saved meanwhile is a warning. Cancelled, it
+        is applied as a whole or not at all; until the server is closed, its arrays may still be read.
         """
-        vectors = self._checked(gradients, version)
+        vectors, version = self._checked(gradients, version)
         found = await self._do(self._weights.push, vectors, version)
         if self._is_due():
             store = self._store
             assert store is not None
-            snapshot = await self._do(self._weights.snapshot)
-            await self._disk.call(store.save, snapshot)
+            try:
+                snapshot = await self._do(self._weights.snapshot)
+                await self._disk.call(store.save, snapshot)
+            except (Closed, WriteFailed) as error:  # it was applied all the same; closing saves it, or raises
+                _log.warning("the checkpoint couldn't be saved after a push, and will be tried again: %s", error)
         return found
 
     def pull_sync(self) -> tuple[Any, int]:
@@ -274,16 +281,14 @@ class ParameterServer:
     def push_sync(self, gradients: Any, *, version: int) -> int:
         """``push`` for code that isn't async, from any thread. It is saved with the next checkpoint that ``push``,
         ``fit`` or closing makes."""
-        vectors = self._checked(gradients, version)
+        vectors, version = self._checked(gradients, version)
         self._open_desk()
         return self._weights.push(vectors, version)
 
-    def _checked(self, gradients: Any, version: Any) -> Any:
+    def _checked(self, gradients: Any, version: Any) -> tuple[list[Array], int]:
         if self._refusal is not None:
             raise self._refusal
-        vectors = self._weights.layout.vectors(gradients)
-        self._weights.check_version(version)
-        return vectors
+        return self._weights.layout.vectors(gradients), self._weights.checked_version(version)
 
     def _is_due(self) -> bool:
         """Whether what was pushed is to be saved now. Says so once."""
@@ -351,7 +356,8 @@ class ParameterServer:
 
         Raises what ``gradient`` raised, by default, with notes that name batch and stage (see ``on_error`` of
         ``Flow``); GradientRejected for gradients that don't fit; PlanError, ResumeMismatch before anything starts;
-        Closed outside of ``async with``. Cancelling it ends the workers and saves what was applied.
+        Closed outside of ``async with``, which may be left while it runs: the server closes when it ends. Cancelling
+        it ends the workers, waits for an evaluation that goes on, and saves what was applied.
 
         >>> import asyncio, numpy as np, penstock as ps
         >>> def gradient(w, batch):
@@ -376,13 +382,16 @@ class ParameterServer:
             self.consistency.in_rounds,
         )
         check_fit(given)
-        desk = self._open_desk()
+        self._open_desk()
+        if fresh and self.checkpoint is None:
+            raise PlanError("fit(fresh=True) without checkpoint=: there is none to be forgotten", "Make a new server")
         with self._lock:
             if self._fitting:
                 raise PlanError("fit() was called while another fit of this server runs", "Await that one first")
             self._fitting = True
         try:
-            return await self._fit(given, desk, {"fresh": fresh, "progress": progress, "until": until})
+            async with self:  # which stays open until then, whoever leaves it meanwhile
+                return await self._fit(given, self._open_desk(), {"fresh": fresh, "progress": progress, "until": until})
         finally:
             self._fitting = False
 

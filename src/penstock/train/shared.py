@@ -29,6 +29,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from penstock.errors import PenstockError
+from penstock.place.remote import freeze_error
 from penstock.train.slot import FAILED, HELLO, MESSAGE, OK, PULL, PUSH, Slot, make_slot
 from penstock.train.weights import Weights
 
@@ -113,6 +114,10 @@ def _check_user(connected: socket.socket) -> None:
             raise PermissionError
 
 
+class _Nonsense(Exception):
+    """A process doesn't keep to the protocol."""
+
+
 class _Connection:
     """One process that asks, and the thread that answers. ``over`` is called at its end."""
 
@@ -145,7 +150,7 @@ class _Connection:
     def _serve(self) -> None:
         connected = self._socket
         try:
-            with suppress(OSError):  # it hung up, or doesn't keep to the protocol
+            with suppress(OSError, _Nonsense):  # it hung up
                 while len(said := connected.recv(MESSAGE.size, socket.MSG_WAITALL)) == MESSAGE.size:
                     connected.sendall(self._answer(said[:1]))
             with suppress(Exception):
@@ -159,12 +164,12 @@ class _Connection:
             if asked == PULL:
                 return MESSAGE.pack(OK, self._weights.copy_into(self._slot.vectors))
             if asked != PUSH:
-                raise OSError(f"a process asked the parameter server for {asked!r}")
+                raise _Nonsense
             return MESSAGE.pack(OK, self._apply())
-        except OSError:
+        except _Nonsense:
             raise
         except Exception as error:  # it is the asking process's to deal with
-            told = pickle.dumps(error.with_traceback(None))
+            told = pickle.dumps(freeze_error(error, "the process of the parameter server,"))
             return MESSAGE.pack(FAILED, len(told)) + told
 
     def _apply(self) -> int:
@@ -175,5 +180,4 @@ class _Connection:
             return weights.version
         if self._refusal is not None:
             raise self._refusal
-        weights.check_version(version)
-        return weights.push(self._slot.vectors, version)
+        return weights.push(self._slot.vectors, weights.checked_version(version))

@@ -39,6 +39,7 @@ _SCHEMA = (
 )
 _OURS = re.compile(r"(model|optimizer)-\d{8,}\.safetensors(\.part)?")
 _ONLY = "params"  # the name of a parameter that is all there is
+_PARAMETER = "parameter"
 _ELSEWHERE = "Give another checkpoint=, or move this one away"
 
 
@@ -92,7 +93,7 @@ class Store:
         version, model, optimizer = row
         layout = self._weights.layout
         wanted = dict(zip(self.names, zip(layout.shapes, layout.kinds, strict=True), strict=True))
-        found = self._read(model, wanted, "parameter")
+        found = self._read(model, wanted, _PARAMETER)
         slots = self._weights.optimizer.slots
         remembered = {f"{slot}/{name}": wanted[name] for slot in slots for name in self.names}
         states = self._read(optimizer, remembered, "optimizer's array") if optimizer or remembered else {}
@@ -211,7 +212,8 @@ class Store:
             told = "; ".join(differences[:10]) + (
                 f"; and {len(differences) - 10} more" if len(differences) > 10 else ""
             )
-            raise CheckpointRejected(self.checkpoint.path, f"belongs to another model: {told}", _ELSEWHERE)
+            other = "model" if kind == _PARAMETER else "optimizer"
+            raise CheckpointRejected(self.checkpoint.path, f"belongs to another {other}: {told}", _ELSEWHERE)
         return {key: np.array(array).reshape(-1) for key, array in found.items()}
 
     def _remove_stray(self) -> None:

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from penstock.errors import PlanError
+from penstock.errors import GradientRejected, PlanError
 from penstock.train import kernels
 from penstock.train.consistency import Consistency
 from penstock.train.kernels import Array
 from penstock.train.optimizer import Optimizer
-from penstock.train.params import Layout
+from penstock.train.params import Layout, as_version, first_bad_plainly
 
 __all__ = ["Snapshot", "Weights"]
 
@@ -47,6 +47,11 @@ class Weights:
         self.dropped = 0
         self.counts: Counter[int] = Counter()
         self._weights = [vector.copy() for vector in self.layout.vectors(params)]
+        try:
+            self.layout.check_finite(self._weights, first_bad_plainly)
+        except GradientRejected as error:
+            told = f"ParameterServer: the parameter {error.parameter!r} has a NaN or an infinity"
+            raise PlanError(told, "Give finite numbers to begin with") from None
         self._states = [[np.zeros_like(vector) for vector in self._weights] for _ in optimizer.slots]
         self._lock = threading.Lock()
         self._first: Snapshot | None = None
@@ -92,7 +97,7 @@ class Weights:
         with self._lock:
             if self.version != self._begun:
                 raise PlanError(
-                    f"fresh=True, and this server has applied {self.version - self._begun} updates since it was opened",
+                    f"fresh=True, and this server has applied {self.version - self._begun} updates since it was made",
                     "Make a new ParameterServer with the parameters to begin with",
                 )
             first, self._first = self._first, None
@@ -103,38 +108,45 @@ class Weights:
     def _take(self, found: Snapshot) -> None:
         self._weights, self._states, self.version = found.weights, found.states, found.version
 
-    def check_version(self, version: Any) -> None:
-        """Raise PlanError for what is no version that the weights have had."""
-        if isinstance(version, bool) or not isinstance(version, int) or not 0 <= version <= self.version:
-            raise PlanError(
-                f"push(version={version!r}), and the server is at version {self.version}",
-                "Give the version that pull returned with the parameters",
-            )
+    def checked_version(self, version: Any) -> int:
+        """A version that the weights have had. Raises PlanError for anything else."""
+        return as_version(version, self.version, f", and the server is at version {self.version}")
 
     def push(self, gradients: Sequence[Array], version: int) -> int:
-        """Check gradients, then apply them. Raises GradientRejected; nothing has changed then."""
+        """Check gradients, then apply them; returns the version afterwards. Raises GradientRejected; nothing has
+        changed then."""
         self.layout.check_finite(gradients)
-        return self.apply(gradients, version)
-
-    def apply(self, gradients: Sequence[Array], version: int) -> int:
-        """Apply gradients computed from this version, which are finite; returns the version afterwards."""
         with self._lock:
-            stale = self.version - version
-            if self.consistency.drops(stale):
-                self.dropped += 1
-                return self.version
-            damping = self.consistency.damping(stale)
-            self.optimizer.update(self._weights, self._states, gradients, self.version, damping=damping)
-            self.counts[min(stale, _STALEST)] += 1
-            self.version += 1
+            self._update(gradients, version)
             return self.version
 
+    def apply(self, gradients: Sequence[Array], version: int) -> bool:
+        """Apply gradients computed from this version, which are finite; False if they were too stale for that."""
+        with self._lock:
+            return self._update(gradients, version)
+
+    def _update(self, gradients: Sequence[Array], version: int) -> bool:
+        stale = self.version - version
+        if self.consistency.drops(stale):
+            self.dropped += 1
+            return False
+        damping = self.consistency.damping(stale)
+        self.optimizer.update(self._weights, self._states, gradients, self.version, damping=damping)
+        self.counts[min(stale, _STALEST)] += 1
+        self.version += 1
+        return True
+
     def apply_mean(self, several: Sequence[tuple[Sequence[Array], int]]) -> int:
-        """Apply the mean of several gradients, added up in this order, as one update. The first are overwritten."""
+        """Apply the mean of several gradients, added up in this order, as one update. The first are overwritten.
+
+        Raises GradientRejected where their sum is beyond what the type holds; nothing has changed then.
+        """
         (total, _), *others = several
         for gradients, _ in others:
             for into, vector in zip(total, gradients, strict=True):
                 kernels.accumulate(into, vector)
+        if others:
+            self.layout.check_finite(total)
         with self._lock:
             self.optimizer.update(self._weights, self._states, total, self.version, scale=1 / len(several))
             for _, version in several:

@@ -111,7 +111,7 @@ def _taken_apart(result: Any) -> tuple[float | None, Any]:
 
 def _number(value: Any) -> float | None:
     """The number that it is, of whatever library; None if it is none."""
-    if isinstance(value, (Mapping, str)):
+    if isinstance(value, (Mapping, str, bytes, bytearray)):
         return None
     if hasattr(value, "detach"):  # PyTorch warns where a number is made of what belongs to a graph
         value = value.detach()
@@ -119,7 +119,7 @@ def _number(value: Any) -> float | None:
         if getattr(value, "shape", ()) != ():
             return float(value.item())
         return float(value)
-    except (TypeError, ValueError, RuntimeError, AttributeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError, AttributeError):
         return None
 
 
