@@ -159,82 +159,81 @@ class LoopPool(Pool):
             self.done(finished)
 
     async def _reside(self) -> None:
-        try:
-            await self._work()
-        except asyncio.CancelledError as error:
-            if not self._aborting:  # whoever cancelled it, between two items or in one: the pool has failed
-                self.failed(as_failure(self.chain.name, error))
-            raise
-
-    async def _work(self) -> None:
         self._rousing -= 1
         queue, finished = self._queue, self._finished
         calls, clock, plain = self._calls, self._clock, self._plain
         turn_ends = clock() + _YIELD_AFTER
         countdown = _LOOK_EVERY
         roused = True
-        while True:
-            if not queue:
-                self._deliver()
-                if self._aborting:
-                    return
+        try:
+            while True:
                 if not queue:
-                    asleep: asyncio.Future[None] = self._loop.create_future()
-                    self._asleep.append(asleep)
-                    await asleep
-                    self._rousing -= 1
-                    roused = True
-                    turn_ends = clock() + _YIELD_AFTER
-                    continue
-            task = queue.popleft()
-            if roused:
-                roused = False
-                if queue and not self._rousing:
-                    self._rouse()
-                    self._rouse()
-            if plain:
-                step = task.at
-                value = task.value
-                timed = self._timed
-                try:
-                    if timed:
-                        began = clock()
-                        seconds = []
-                        for call in calls[step:]:
-                            value = await call(value)
-                            now = clock()
-                            seconds.append(now - began)
-                            began = now
-                            step += 1
-                        self._sampled(task, seconds)
+                    self._deliver()
+                    if self._aborting:
+                        return
+                    if not queue:
+                        asleep: asyncio.Future[None] = self._loop.create_future()
+                        self._asleep.append(asleep)
+                        await asleep
+                        self._rousing -= 1
+                        roused = True
+                        turn_ends = clock() + _YIELD_AFTER
+                        continue
+                task = queue.popleft()
+                if roused:
+                    roused = False
+                    if queue and not self._rousing:
+                        self._rouse()
+                        self._rouse()
+                if plain:
+                    step = task.at
+                    value = task.value
+                    timed = self._timed
+                    try:
+                        if timed:
+                            began = clock()
+                            seconds = []
+                            for call in calls[step:]:
+                                value = await call(value)
+                                now = clock()
+                                seconds.append(now - began)
+                                began = now
+                                step += 1
+                            self._sampled(task, seconds)
+                        else:
+                            for call in calls if step == 0 else calls[step:]:
+                                value = await call(value)
+                                step += 1
+                    except BaseException as error:
+                        if timed:
+                            seconds.append(clock() - began)
+                            self._sampled(task, seconds)
+                        self._fail(task, step, value, error)
                     else:
-                        for call in calls if step == 0 else calls[step:]:
-                            value = await call(value)
-                            step += 1
-                except BaseException as error:
-                    if timed:
-                        seconds.append(clock() - began)
-                        self._sampled(task, seconds)
-                    self._fail(task, step, value, error)
+                        task.value = value
+                        task.outcome = OK
                 else:
-                    task.value = value
-                    task.outcome = OK
-            else:
-                await self._run(task)
-            if not finished:
-                self._loop.call_soon(self._deliver)
-            finished.append(task)
-            if task.outcome not in _WELL:  # at once: this may be the end of the run, and then no other call may start
-                self._deliver()
-            countdown -= 1
-            if not countdown:
-                countdown = _LOOK_EVERY
-                self._until_sample -= _LOOK_EVERY
-                if self._until_sample <= 0:
-                    self._timed = True
-                if clock() > turn_ends:
-                    await asyncio.sleep(0)
-                    turn_ends = clock() + _YIELD_AFTER
+                    await self._run(task)
+                if not finished:
+                    self._loop.call_soon(self._deliver)
+                finished.append(task)
+                if (
+                    task.outcome not in _WELL
+                ):  # at once: this may be the end of the run, and then no other call may start
+                    self._deliver()
+                countdown -= 1
+                if not countdown:
+                    countdown = _LOOK_EVERY
+                    self._until_sample -= _LOOK_EVERY
+                    if self._until_sample <= 0:
+                        self._timed = True
+                    if clock() > turn_ends:
+                        await asyncio.sleep(0)
+                        turn_ends = clock() + _YIELD_AFTER
+        except asyncio.CancelledError as error:
+            if not self._aborting:  # whoever cancelled it, between two items or in one: the pool has failed
+                self.failed(as_failure(self.chain.name, error))
+            raise
 
     def _sampled(self, task: Task, seconds: list[float]) -> None:
         """Keep these times; long ones are always taken, short ones now and then."""
