@@ -507,7 +507,7 @@ BIG = b"".join(b"%d%s\n" % (n, b"x" * 10_000) for n in range(1000))
 
 def test_what_comes_while_a_job_runs_is_left_to_the_next_run() -> None:
     Path("a.txt").write_bytes(BIG)
-    job = read.lines("*.txt", on_error="skip").map(growing("a.txt", b"half a li")).to("out.jsonl")
+    job = read.lines("*.txt", on_error="skip").map(growing("a.txt", b"half a li"), place="loop").to("out.jsonl")
     assert job.run_sync(progress=False).delivered == 1000
     with open("a.txt", "ab") as file:
         file.write(b"ne\n")

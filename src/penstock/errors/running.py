@@ -50,7 +50,7 @@ class MissingDependency(PenstockError, ImportError):
         self.extra = extra
 
     def __str__(self) -> str:
-        return f"{self.purpose} needs {self.package}: pip install 'penstock[{self.extra}]'"
+        return f"{self.purpose} needs {self.package}. Install it, or penstock with its extra: penstock[{self.extra}]"
 
 
 class MissingInput(PenstockError, FileNotFoundError):

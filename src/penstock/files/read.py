@@ -43,6 +43,8 @@ def lines(
     ``encoding``: any in which a newline is one byte. A line that can't be decoded, or is longer than 64 MB, is an
     error with file and line, subject to ``on_error``.
 
+    ``id``, ``name`` and the further ``defaults``: see ``Flow``.
+
     Raises MissingInput if nothing matches, PlanError for an encoding that won't do.
 
     >>> import pathlib, tempfile
@@ -73,6 +75,8 @@ def jsonl(
 
     ``type``: a Struct, dataclass, TypedDict or built-in type that each value must have. A line that isn't JSON, or
     not of the type, is an error with file, line and reason, subject to ``on_error``.
+
+    ``id``, ``name`` and the further ``defaults``: see ``Flow``.
 
     Raises MissingInput if nothing matches, PlanError for a type that can't be decoded.
 
@@ -128,6 +132,8 @@ def csv(
     header, or that doesn't convert, is an error with file, line and reason, subject to ``on_error``; so is a file
     whose header can't be read. Quoted fields may hold newlines.
 
+    ``id``, ``name`` and the further ``defaults``: see ``Flow``.
+
     Raises MissingInput if nothing matches; PlanError for a type, delimiter or encoding that won't do.
 
     >>> import pathlib, tempfile
@@ -160,6 +166,8 @@ def parquet(
     with file and row, subject to ``on_error``. So is a file that can't be read, and a row group: one error each, whose
     item is the path. Read a row group at a time.
 
+    ``id``, ``name`` and the further ``defaults``: see ``Flow``.
+
     Raises MissingInput if nothing matches, MissingDependency without pyarrow (``penstock[parquet]``), PlanError for
     a type that can't be decoded.
     """
@@ -171,6 +179,8 @@ def parquet(
 
 def files(pattern: Pattern, *, id: _Id = None, name: str | None = None, **defaults: Unpack[Defaults]) -> Flow[Path]:
     """The matching files themselves, as paths; nothing of them is read, so a change is noticed by size alone.
+
+    ``id``, ``name`` and the further ``defaults``: see ``Flow``.
 
     Raises MissingInput if nothing matches.
 

@@ -102,18 +102,26 @@ def find(
         return Bottleneck("sink", f"The output limits: {said}. More workers would give nothing.", share=share)
     if reason == "limit":
         name = limited.first.name
+        remedy = (
+            "The rate was learned from the server: if you know the quota, give it, as Limit(per_second=...)."
+            if limited.learns
+            else "A higher quota would."
+        )
         return Bottleneck(
             "limit",
             f"The limit holds: {name!r} waits {percent(share)} of the time for what it is allowed. More workers would "
-            "give nothing; a higher quota would.",
+            f"give nothing. {remedy}",
             stage=name,
             share=share,
         )
     name = _busiest(headed, now).name
+    again = sum(stage.retried for stage in headed.stages)
+    waits = f", which may wait to be tried again ({again:,} were)" if again else ""
+    even = "fewer attempts (retry=)" if again else "items of more even size"
     return Bottleneck(
         "order",
         f"Order limits: the workers of {name!r} stand idle {percent(share)} of the time behind the slowest item "
-        "of the window. ordered=False, or items of more even size, would use them.",
+        f"of the window{waits}. ordered=False, or {even}, would use them.",
         stage=name,
         share=share,
     )

@@ -113,6 +113,7 @@ class Gate(Outer):
         self.workers = self._inner.workers
         meter.searched = auto
         self._limit = Limit() if limit is None else limit
+        meter.learns = not self._limit.is_given
         self._auto = auto
         self._site_of = site
         self._meter = meter

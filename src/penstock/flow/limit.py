@@ -114,6 +114,11 @@ class Limit:
         self._lock = threading.Lock()
         self._paces: OrderedDict[str, Pace] = OrderedDict()
 
+    @property
+    def is_given(self) -> bool:
+        """Whether it names a quota, so that more than that is never asked for."""
+        return any(rate is not None for rate in (self.per_second, self.per_minute, self.tokens_per_minute))
+
     def cost(self, item: Any) -> float:
         """The tokens that the request for this item will use, by ``tokens=``; 0 without it.
 

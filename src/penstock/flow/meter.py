@@ -166,7 +166,8 @@ class SegmentMeter:
     """The stages of one segment, which share ``ceiling`` workers, and what the segment spends its time on.
 
     ``started`` is the time of its start by the run's clock; every ``now`` is by the same clock. ``searched``: the
-    ceiling is found out while the run goes. ``works``: False for one without workers, which spends no time.
+    ceiling is found out while the run goes. ``learns``: so is the rate. ``works``: False for one without workers,
+    which spends no time.
     """
 
     __slots__ = (
@@ -177,6 +178,7 @@ class SegmentMeter:
         "ceiling",
         "first",
         "last",
+        "learns",
         "searched",
         "stages",
         "started",
@@ -191,6 +193,7 @@ class SegmentMeter:
         self.ceiling = ceiling
         self.started = started
         self.searched = False
+        self.learns = False
         self.works = works
         self.state = WAITING_INPUT
         self._since = self._changed = started

@@ -403,7 +403,10 @@ def _guarantee(flow: Flow[Any], sink: Sink[Any] | None) -> tuple[bool, str]:
         why = getattr(sink, "weakness", "a function can't commit progress together with its effect")
         return False, f"at least once: {why}{no_ids}"
     if flow.id is not None:
-        return True, f"exactly once: {sink.identity} commits the ids together with the data"
+        return True, (
+            f"exactly once: {sink.identity} commits the ids together with the data; after a crash, what was in flight "
+            "and the last moments of work are done again"
+        )
     if not flow.source.replayable:
         return False, (
             f"at least once: {flow.source.identity} can't be read again from where it was; "

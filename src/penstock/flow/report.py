@@ -306,6 +306,8 @@ def _error(group: ErrorGroup) -> list[str]:
     if group.position is not None:
         partition, index = group.position
         example += f" ({partition}, item {index})" if partition else f" (item {index})"
+    if group.count > 1:
+        example = f"the first: {example}"
     if len(head) + 2 + len(example) <= WIDTH:
         return [f"{head}: {example}"]
     return [f"{head}:", *wrapped(example, "    ", "    ")]

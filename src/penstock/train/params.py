@@ -96,6 +96,8 @@ class Layout:
             if array.shape != shape or array.dtype != kind:
                 given_as, wanted = f"{array.dtype}{list(array.shape)}", f"{kind}{list(shape)}"
                 told = f"{given_as} was given, expected {wanted}, as the parameter is"
+                if array.shape == shape:
+                    told += f". Convert it, for instance by .astype({str(kind)!r})"
                 raise GradientRejected(name or _ONLY, told)
             found.append(np.ascontiguousarray(array).reshape(-1))
         return found
