@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import penstock as ps
-from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, WAITING_INPUT, SegmentMeter, StageMeter
+from penstock.flow.meter import BLOCKED_HEAD, BLOCKED_OUTPUT, BUSY, HELD, WAITING_INPUT, SegmentMeter, StageMeter
 from penstock.flow.report import ErrorGroup, ErrorLog, Report, build
 from penstock.testing import run_virtual
 
@@ -152,6 +152,26 @@ def test_the_head_of_an_ordered_window_is_named() -> None:
     assert (report.bottleneck.reason, report.bottleneck.stage) == ("order", "ask")
     assert "ordered=False" in str(report.bottleneck)
     assert "order" in str(report).splitlines()[3]
+    assert "items of more even size" in str(report.bottleneck)
+
+
+def test_attempts_that_wait_to_be_repeated_are_named_where_the_order_waits_for_them() -> None:
+    ask = segment("ask", busy=0.3, state=BLOCKED_HEAD, share=0.7)
+    ask.stages[0].retried = 36
+    said = str(report_of(ask).bottleneck)
+    assert "which may wait to be tried again (36 were)" in said
+    assert "fewer attempts (retry=)" in said
+
+
+@pytest.mark.parametrize(
+    ("learns", "said"), [(True, "give it, as Limit(per_second=...)"), (False, "A higher quota would")]
+)
+def test_a_limit_that_holds_says_whether_it_was_learned(learns: bool, said: str) -> None:
+    ask = segment("ask", busy=0.1, state=HELD, share=0.9)
+    ask.learns = learns
+    report = report_of(ask)
+    assert report.bottleneck.reason == "limit"
+    assert said in str(report.bottleneck)
 
 
 def test_an_event_loop_that_computes_is_named() -> None:
