@@ -264,7 +264,7 @@ try:
 except MissingDependency as error:
     print(error)
 """
-    assert ended(child(code)) == "Training needs numba: pip install 'penstock[train]'\n"
+    assert ended(child(code)) == "Training needs numba: penstock[train]\n"
 
 
 COLD = """
