@@ -264,7 +264,7 @@ try:
 except MissingDependency as error:
     print(error)
 """
-    assert ended(child(code)) == "Training needs numba: penstock[train]\n"
+    assert ended(child(code)) == "Training needs numba. Install it, or penstock with its extra: penstock[train]\n"
 
 
 COLD = """
