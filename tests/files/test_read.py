@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from penstock.errors import DecodeError, MissingDependency, MissingInput, PlanError, ResumeMismatch
 from penstock.files import compressed as compressed_module
-from penstock.files import read
+from penstock.files import read, write
 from penstock.files.lines import BadLine, read_lines
 from penstock.files.paths import partition_of
 from penstock.files.source import Unsettled
@@ -676,3 +676,20 @@ else:
     command = [sys.executable, "-W", "error", "-c", code]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert (shown.stdout.split(), shown.stderr) == (["1", "False"], "")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output"),
+    [("a.jsonl", "a.jsonl"), ("*.jsonl", "./a.jsonl"), (["b.jsonl", "a.jsonl"], "link.jsonl"), ("part/*", "part")],
+)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_job_never_writes_over_what_it_reads(pattern: Any, output: str, fresh: bool) -> None:
+    Path("part").mkdir()
+    for name in ("a.jsonl", "b.jsonl", "part/p.parquet"):
+        Path(name).write_text("1\n")
+    os.symlink("a.jsonl", "link.jsonl")
+    sink: Any = write.parquet(output) if output == "part" else output
+    with pytest.raises(PlanError, match="is read by this job, and it is its output, too"):
+        read.lines(pattern).to(sink).run_sync(fresh=fresh, progress=False)
+    assert Path("a.jsonl").read_text() == Path("part/p.parquet").read_text() == "1\n"
+    read.lines("b.jsonl").to("a.jsonl").run_sync(fresh=True, progress=False)  # another file may be written over

@@ -188,6 +188,11 @@ def test_the_result_is_raised_as_itself_and_everything_is_closed() -> None:
         asyncio.get_running_loop()
 
 
+def test_a_sleep_for_ever_is_a_deadlock() -> None:
+    with pytest.raises(Deadlock):
+        run_virtual(asyncio.sleep(float("inf")))
+
+
 @pytest.mark.parametrize("progress", [None, False])
 def test_a_run_that_is_stuck_is_a_deadlock_though_somebody_looks_on(progress: bool | None) -> None:
     async def work(x: int) -> None:

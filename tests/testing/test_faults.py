@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import penstock as ps
 from penstock.errors import PlanError
 from penstock.place.base import is_async
 from penstock.testing import Faults, InjectedFault, run_virtual
@@ -151,3 +153,21 @@ def test_kill_without_scratch_and_what_cannot_be_called_are_refused() -> None:
         Faults(0, kill=0.1)
     with pytest.raises(PlanError, match="given a int"):
         Faults(0)(5)  # type: ignore[type-var]
+
+
+class Plain:
+    @Faults(seed=7, fail=1.0)
+    def __call__(self, x: int) -> int:
+        return x + 1
+
+
+class Async:
+    @Faults(seed=7, fail=1.0)
+    async def __call__(self, x: int) -> int:
+        return x + 1
+
+
+@pytest.mark.parametrize("kind", [Plain, Async])
+def test_the_call_of_an_object_that_a_worker_builds_is_wrapped(kind: Any) -> None:
+    report = ps.Flow([1, 2]).map(ps.per_worker(kind), retry=ps.Retry(1, backoff=0)).to(lambda x: None).run_sync()
+    assert (report.delivered, report.retried) == (2, 2)

@@ -255,3 +255,13 @@ def test_what_is_at_another_address_in_another_process_is_no_difference(tmp_path
         found.append(remains(path))
     assert found[0].dead
     assert first_difference(*found, ordered=True, exactly_once=True) is None
+
+
+def test_at_least_once_allows_the_same_again_and_nothing_else() -> None:
+    expected = Remains(["a", "b"], ["dead"], {"delivered": 2})
+    again = Remains(["a", "b", "a"], ["dead", "dead"], {"delivered": 3})
+    torn = Remains(["a", "b", '{"tor'], ["dead"], {"delivered": 3})
+    poison = Remains(["a", "b"], ["dead", "other"], {"delivered": 2})
+    assert first_difference(expected, again, ordered=True, exactly_once=False) is None
+    for found in (torn, poison):
+        assert "shouldn't be" in str(first_difference(expected, found, ordered=True, exactly_once=False))

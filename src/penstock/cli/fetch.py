@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+from penstock.cli.logfile import piped
 from penstock.cli.outcome import DONE, outcome
 from penstock.errors import PlanError
 from penstock.flow.flow import Flow
@@ -46,11 +48,15 @@ def fetch_list(
             on_error="dead_letter",
         )
         report = pages.to(to).run_sync(fresh=fresh, progress=progress)
-        print(report)
-        failed = report.dead + report.earlier.get("dead", 0)
-        if failed:
-            print(f"{failed:,} failed for good. To see why: penstock dead {to}")
-        return DONE
+
+        def tell() -> int:
+            print(report)
+            failed = report.dead + report.earlier.get("dead", 0)
+            if failed:
+                print(f"{failed:,} failed for good. To see why: penstock dead {shlex.quote(to)}")
+            return DONE
+
+        return piped(tell)
 
     return outcome(work)
 
@@ -93,7 +99,7 @@ def _lines() -> Iterator[str]:
 
 
 def _digest(url: str) -> str:
-    return hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(url.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 async def _strip(line: str) -> str:

@@ -106,6 +106,15 @@ class FileSet:
             raise MissingInput(min(set(snapshot) - {partition_of(path) for path, _ in there}))
         return there
 
+    def hold(self, path: str) -> bool:
+        """Whether ``path``, or a file in it, is one of the files, by whatever name."""
+        try:
+            there, files = os.stat(path), self.paths()
+        except OSError:  # MissingInput is one: nothing can be the same as nothing
+            return False
+        in_it = stat.S_ISDIR(there.st_mode)
+        return any(os.path.samestat(there, os.stat(os.path.dirname(one) or "." if in_it else one)) for one in files)
+
     def grown(self, before: dict[str, dict[str, Any]]) -> list[tuple[str, int]]:
         """The files that are larger than in a snapshot, each with the size it had."""
         sizes = [(path, before[one]["size"]) for path in self.paths() if (one := partition_of(path)) in before]

@@ -46,6 +46,10 @@ class FileSource(ABC):
         """Not known: counting lines would be reading twice."""
         return None
 
+    def reads(self, path: str) -> bool:
+        """Whether a file, or one in a directory of that path, is among those that are read."""
+        return self.files.hold(path)
+
     async def snapshot(self) -> Any:
         """Size, time and digest of each file. Cancelling leaves the reading of a file to finish in the background."""
         return await aside(self.files.snapshot)

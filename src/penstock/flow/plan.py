@@ -203,6 +203,7 @@ def make_plan(flow: Flow[Any], job: Job | None) -> Plan:
     _check_states(flow, sink)
     read_on_error = flow.defaults.get("on_error", "raise")
     sink_on_error = job.on_error if job is not None else "raise"
+    _check_apart(flow.source, sink)
     exactly_once, guarantee = _guarantee(flow, sink)
     _check_dead_letters(flow, sink, read_on_error, sink_on_error)
     source_name = flow.name or flow.source.identity
@@ -368,6 +369,15 @@ def _check_states(flow: Flow[Any], sink: Sink[Any] | None) -> None:
             loose = f"{stage.verb}({stage.name})"
         if isinstance(stage, (Unbatch, Batch)) or (isinstance(stage, FlatMap) and stage.whole):
             expanded = f"{stage.verb}()" if not isinstance(stage, FlatMap) else f"flat_map({stage.name})"
+
+
+def _check_apart(source: Any, sink: Any) -> None:
+    """A job that wrote what it reads would read itself, and begun afresh, it would first delete its input."""
+    path, reads = getattr(sink, "path", None), getattr(source, "reads", None)
+    if path is not None and reads is not None and reads(path):
+        raise PlanError(
+            f"{path} is read by this job, and it is its output, too", "Write to another file, or name the input closer"
+        )
 
 
 def _check_dead_letters(flow: Flow[Any], sink: Sink[Any] | None, read_on_error: str, sink_on_error: str) -> None:

@@ -13,13 +13,12 @@ The contract, in numbered prose. If an implementation is inconsistent with it, t
    few milliseconds of work a worker. Submitting more is allowed; the bound on it is the caller's.
 4. ``open()`` starts every worker, builds the objects of ``per_worker`` in each, and raises what a constructor
    raised, as itself. A worker that has to be replaced later and can't be built is reported by ``failed``.
-5. Outcomes: ``OK`` (``value`` is the result), ``DROPPED`` (a KEEP step said no at ``at``; the value
-   says nothing), ``FAILED`` (``error`` is
-   the exception, ``at`` the step that raised it, ``value`` what that step was given), ``TIMED_OUT`` and ``DIED``
-   (like FAILED; ``error`` is the exit code of a process that died). A task that fails can be submitted again
-   as it is: it re-enters at its step. ``SPREAD`` results are lists: the outcome of a chain that ends with a SPREAD
-   step is ``OK`` with ``value`` a list of at most SPREAD_BOUND outputs; more are ExpansionTooLarge, FAILED like any
-   error.
+5. Outcomes: ``OK`` (``value`` is the result), ``DROPPED`` (a KEEP step said no at ``at``; ``value`` says nothing),
+   ``FAILED`` (``error`` is the exception, ``at`` the step that raised it, ``value`` what that step was given),
+   ``TIMED_OUT`` and ``DIED`` (like FAILED; ``error`` is the exit code of a process that died). A task that fails can be
+   submitted again as it is: it re-enters at its step. ``SPREAD`` results are lists: the outcome of a chain that ends
+   with a SPREAD step is ``OK`` with ``value`` a list of at most SPREAD_BOUND outputs; more are ExpansionTooLarge,
+   FAILED like any error.
 6. A chain whose last step is a STREAM step hands its outputs over in parts, by ``part(task, outputs)``, all before
    the task's own ``done`` (whose value is then None). Two parts may be out; for each further one the worker
    waits until ``grant(task)`` was called once. A worker that waits so is in progress.
@@ -226,7 +225,7 @@ def is_async(function: Any) -> bool:
         return False
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         return True
-    if inspect.isroutine(function) or inspect.isclass(function):
+    if inspect.isclass(function):
         return False
     method: Any = getattr(function, "__call__", None)  # noqa: B004  # the bound method is wanted, not callable()
     return inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)

@@ -18,6 +18,7 @@ import selectors
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -39,8 +40,9 @@ def run_virtual(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end on a loop with a virtual clock, which starts at 0, and return its result.
 
     ``asyncio.sleep``, ``asyncio.timeout``, ``loop.call_later`` and ``loop.time`` follow the virtual clock;
-    ``time.monotonic`` and ``time.sleep`` stay real. Threads, processes and sockets work: time doesn't jump while one
-    is at work. What is left at the end is cancelled and awaited, as by ``asyncio.run``.
+    ``time.monotonic`` and ``time.sleep`` stay real. Executors of this loop, processes, sockets and penstock's threads
+    work: time doesn't jump while one is at work. Threads that you start yourself aren't seen. What is left at the end
+    is cancelled and awaited, as by ``asyncio.run``.
 
     Raises what the coroutine raises, and Deadlock, which names the waiting tasks, if nothing can ever happen again.
 
@@ -109,7 +111,7 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
             self._now += passed if timeout is None else min(passed, timeout)
             return events
         foreign = len(self._virtual.get_map()) > self._own
-        if timeout is None or self._only_looked_at():
+        if timeout is None or self._nothing_comes():
             if not foreign:
                 raise Deadlock([_describe(task) for task in asyncio.all_tasks(self)])
             return select(None)
@@ -119,10 +121,10 @@ class _VirtualLoop(asyncio.SelectorEventLoop):
             self._now += timeout
         return events
 
-    def _only_looked_at(self) -> bool:
-        """Whether all timers are displays'; nearly always the first one already isn't."""
+    def _nothing_comes(self) -> bool:
+        """Whether all timers are displays', or never end; nearly always the first one already isn't."""
         scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]  # the loop's own
-        return all(handle.cancelled() or _is_display(handle) for handle in scheduled)
+        return all(handle.cancelled() or handle.when() == inf or _is_display(handle) for handle in scheduled)
 
     def _busy(self) -> bool:
         self._processes = [process for process in self._processes if process.get_returncode() is None]

@@ -39,7 +39,7 @@ def remains(path: Path, table: str | None = None) -> Remains:
     """
     if table is not None:
         outputs = _sqlite_rows(path, table)
-    elif path.name.endswith(".parquet"):
+    elif path.name.endswith(".parquet") or path.is_dir():
         outputs = _parquet_rows(path)
     else:
         outputs = _lines(path)
@@ -61,17 +61,12 @@ def first_difference(expected: Remains, found: Remains, *, ordered: bool, exactl
     ``ordered``: outputs are compared in order. Without ``exactly_once``, more of the same is no difference.
     """
     difference = _missing("output", expected.outputs, found.outputs)
-    if difference is None and exactly_once:
-        difference = _doubled("output", expected.outputs, found.outputs)
-        if difference is None and ordered:
-            difference = _out_of_order(expected.outputs, found.outputs)
-    if difference is not None:
-        return difference
-    difference = _missing("dead letter", expected.dead, found.dead)
-    if difference is not None or not exactly_once:
-        return difference
-    difference = _doubled("dead letter", expected.dead, found.dead)
-    if difference is None and expected.counts != found.counts:
+    difference = difference or _further("output", expected.outputs, found.outputs, exactly_once=exactly_once)
+    if difference is None and exactly_once and ordered:
+        difference = _out_of_order(expected.outputs, found.outputs)
+    difference = difference or _missing("dead letter", expected.dead, found.dead)
+    difference = difference or _further("dead letter", expected.dead, found.dead, exactly_once=exactly_once)
+    if difference is None and exactly_once and expected.counts != found.counts:
         name = next(name for name in _COUNTED if expected.counts[name] != found.counts[name])
         difference = f"{name}: {found.counts[name]:,} counted, {expected.counts[name]:,} undisturbed"
     return difference
@@ -84,8 +79,12 @@ def _missing(what: str, expected: Sequence[str], found: Sequence[str]) -> str | 
     return f"{lost.total():,} {what}s are missing, the first: {_first(expected, lost)}"
 
 
-def _doubled(what: str, expected: Sequence[str], found: Sequence[str]) -> str | None:
+def _further(what: str, expected: Sequence[str], found: Sequence[str], *, exactly_once: bool) -> str | None:
+    """What is there that shouldn't be; without ``exactly_once`` the same may be there again."""
     more = Counter(found) - Counter(expected)
+    if not exactly_once:
+        for line in set(expected):
+            del more[line]
     if not more:
         return None
     return f"{more.total():,} {what}s are there that shouldn't be, or doubled, the first: {_first(found, more)}"

@@ -183,6 +183,10 @@ class _Faulty:
             time.sleep(stall)
         return self.function(item)
 
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """Bound as a method is, so that the ``__call__`` of a class can be wrapped."""
+        return self if instance is None else type(self)(self.faults, functools.partial(self.function, instance))
+
     def __reduce__(self) -> Any:
         return _wrap_again, (self.faults, self.function)
 
